@@ -1,0 +1,158 @@
+"""The manifest: the small JSON file that travels between steps while the data stays where it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.home import Home
+from modelmill.components.core.uri import local_path
+
+SCHEMA_VERSION = 1
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces, so that equal values have equal digests."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact, its path relative to the manifest's `uri`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(f"{value!r} leaves the artifact's folder")
+        return value
+
+
+class Manifest(BaseModel):
+    """What a step made: where it lies, its files with digests, its counts, and what produced it.
+
+    `counts` holds integers (rows, tokens, bytes), `metrics` floats worth comparing, `metadata` whatever the
+    next step needs. `step`, `key`, `code`, `recipe` and `created` say where it came from and do not enter `digest`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    uri: str
+    files: list[FileEntry]
+    counts: dict[str, int] = {}
+    metrics: dict[str, float] = {}
+    metadata: dict[str, Any] = {}
+    step: str = ""
+    key: str = ""
+    code: str = ""
+    recipe: str = ""
+    created: float = Field(default_factory=time.time)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the content: kind, files, counts and metadata, not the place or the time."""
+        content = self.model_dump(include={"kind", "files", "counts", "metadata"}, mode="json")
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files)
+
+    @classmethod
+    def read(cls, path: Path | str) -> Manifest:
+        """Read a manifest file.
+
+        Raises:
+            UserError: the file is missing, is not a manifest or has a schema this version does not know.
+        """
+        try:
+            manifest = cls.model_validate_json(Path(path).read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"manifest: {path} does not exist; run the step that makes it") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"manifest: {path} is not a manifest ({first['loc']}: {first['msg']})") from None
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise UserError(f"manifest: {path} has schema version {manifest.schema_version}; this is {SCHEMA_VERSION}")
+        return manifest
+
+    def write(self, path: Path | str) -> None:
+        """Write the manifest so that a reader sees all of it or nothing."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary.write_text(self.model_dump_json(indent=1) + "\n")
+        os.replace(temporary, target)
+
+    @classmethod
+    def describe(cls, folder: Path, *, kind: str, **fields: Any) -> Manifest:
+        """Manifest of every file below a finished folder, digests taken now."""
+        files = [
+            FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=file_digest(path))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+        return cls(kind=kind, uri=str(folder), files=files, **fields)
+
+    def path(self, name: str) -> Path:
+        """Local path of one file of the artifact, its bytes verified the first time this machine opens it.
+
+        Raises:
+            UserError: the artifact has no such file, or the file is missing or not what was written.
+        """
+        entry = next((entry for entry in self.files if entry.path == name), None)
+        if entry is None:
+            held = ", ".join(entry.path for entry in self.files)
+            raise UserError(f"{self.kind}: no file {name!r} in {self.uri}; it holds {held}")
+        path = local_path(self.uri) / name
+        _verify(path, entry, self.kind)
+        return path
+
+    def folder(self) -> Path:
+        """Local folder of the artifact with every file verified (for small artifacts such as a tokenizer)."""
+        for entry in self.files:
+            self.path(entry.path)
+        return local_path(self.uri)
+
+
+def _verify(path: Path, entry: FileEntry, kind: str) -> None:
+    """Check size and SHA-256, remembering on disk that this very file (inode, time, size) was found good."""
+    mend = "delete its folder and run again"
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{kind}: {path} is missing; {mend}") from None
+    if status.st_size != entry.bytes:
+        raise UserError(f"{kind}: {path} has {status.st_size} bytes, {entry.bytes} were written; {mend}")
+    identity = f"{path.absolute()}:{status.st_ino}:{status.st_mtime_ns}:{status.st_size}:{entry.sha256}"
+    stamp = Home.current().store / ".verified" / hashlib.sha256(identity.encode()).hexdigest()
+    if stamp.exists():
+        return
+    if file_digest(path) != entry.sha256:
+        raise UserError(f"{kind}: {path} is corrupt (its SHA-256 is not the manifest's); {mend}")
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    except OSError:
+        pass  # a read-only store only means verifying again

@@ -1,0 +1,284 @@
+"""How a step runs, the same on a laptop and in a pod: decode, reuse or compute, publish, report.
+
+A step is a plain function
+
+    def pack_tokens(config: PackingConfig, output: Path, *, corpus: Manifest, tokenizer: Manifest) -> StepResult
+
+that writes its data below `output`. `run_step` gives it its own section of the recipe and the upstream
+manifests, and publishes the folder under a key made of all that decides its content (Marin's executor works
+the same way): the section, the upstream digests, the code and the state of outside inputs. A finished key is
+never computed twice; an unfinished one keeps its folder, so that a step with checkpoints goes on from them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from modelmill.components.core import events, tracking
+from modelmill.components.core.code import code_digest
+from modelmill.components.core.errors import UserError, disk_error
+from modelmill.components.core.home import Home
+from modelmill.components.core.manifest import Manifest, canonical_json
+
+RECIPE_VARIABLE = "MODELMILL_RECIPE_HASH"
+USER_ERROR_EXIT = 2
+logger = logging.getLogger("modelmill")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step function says about the files it wrote: see `Manifest` for the fields."""
+
+    kind: str
+    counts: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+StepFunction = Callable[..., StepResult]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How `run_step` treats a function; set with `@step_options`."""
+
+    reuse: bool = True  # False for side effects such as registering: they run every time
+    resumable: bool = False  # True keeps the unfinished folder of a failed attempt
+
+
+def step_options(*, reuse: bool = True, resumable: bool = False) -> Callable[[StepFunction], StepFunction]:
+    """Mark a step function with its options."""
+
+    def mark(function: StepFunction) -> StepFunction:
+        function.step_options = StepOptions(reuse, resumable)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def options_of(function: StepFunction) -> StepOptions:
+    return getattr(function, "step_options", StepOptions())
+
+
+def section(step: str, config: BaseModel, function: StepFunction | str, fingerprint: str = "") -> str:
+    """The one string a pipeline passes to a step.
+
+    Args:
+        step: name of the step in the pipeline (the function's name unless it is used twice).
+        config: the step's own section of the recipe.
+        function: the step function, or `module:name` so that a caller need not import it.
+        fingerprint: state of what the step reads from outside (versions, sizes, times, digests).
+    """
+    module = function.partition(":")[0] if isinstance(function, str) else function.__module__
+    record = {
+        "step": step,
+        "config": config.model_dump(mode="json"),
+        "code": code_digest(module),
+        "fingerprint": fingerprint,
+    }
+    return canonical_json(record)
+
+
+def output_key(section_json: str, upstream: Mapping[str, str]) -> str:
+    """Key of a step's output (24 hex digits) from its section and the digests of its inputs by name."""
+    return hashlib.sha256(canonical_json([json.loads(section_json), dict(upstream)]).encode()).hexdigest()[:24]
+
+
+def finished_manifest(store: Path, step: str, key: str) -> Manifest | None:
+    """Manifest of a finished output whose files are still there, or None."""
+    path = store / step / key / "manifest.json"
+    if not path.exists():
+        return None
+    manifest = Manifest.read(path)
+    root = Path(manifest.uri)
+    whole = all((root / e.path).is_file() and (root / e.path).stat().st_size == e.bytes for e in manifest.files)
+    return manifest if whole else None
+
+
+def run_step(
+    function: StepFunction,
+    section_json: str,
+    inputs: Mapping[str, str],
+    outputs: Mapping[str, str],
+) -> Manifest:
+    """Run one step: what every KFP shell calls.
+
+    Args:
+        function: the step function.
+        section_json: made by `section`.
+        inputs: parameter name to path of an upstream manifest.
+        outputs: `manifest` and file names inside the artifact, each to the path KFP wants a copy at.
+
+    Exits the process with code 2 after one line on a user's mistake, so that no traceback hides it.
+    """
+    record = json.loads(section_json)
+    name = record["step"]
+    os.environ[events.STEP_VARIABLE] = name
+    with _log_file(name):
+        events.emit("started", pid=os.getpid())
+        tracking.record("start")
+        began = time.monotonic()
+        try:
+            manifest, reused = _produce(function, name, section_json, record, inputs)
+            _hand_over(manifest, outputs)
+        except BaseException as error:
+            _report_failure(error)
+            raise SystemExit(USER_ERROR_EXIT if isinstance(error, UserError) else 1) from None
+        if reused:
+            tracking.set_tags({"modelmill.reused": "true"})
+        tracking.record("end", status="FINISHED")
+        summary = {"counts": manifest.counts, "metrics": manifest.metrics, "uri": manifest.uri}
+        events.emit("reused" if reused else "finished", seconds=round(time.monotonic() - began, 3), **summary)
+        return manifest
+
+
+def _produce(
+    function: StepFunction, name: str, section_json: str, record: dict[str, Any], inputs: Mapping[str, str]
+) -> tuple[Manifest, bool]:
+    upstream = {parameter: Manifest.read(path) for parameter, path in inputs.items()}
+    key = output_key(section_json, {parameter: manifest.digest for parameter, manifest in upstream.items()})
+    store, options = Home.current().store, options_of(function)
+    config = _config_type(function).model_validate(record["config"])
+    tracking.log_params(record["config"])
+    try:
+        with _exclusive(store / name, key):
+            done = finished_manifest(store, name, key) if options.reuse else None
+            if done is not None:
+                logger.info("reusing %s", done.uri)
+                _replay(done)
+                return done, True
+            return _compute(function, config, upstream, store / name, key, record), False
+    except OSError as error:
+        problem = disk_error(error, store)
+        raise (problem or error) from None if problem else error
+
+
+def _compute(
+    function: StepFunction,
+    config: BaseModel,
+    upstream: dict[str, Manifest],
+    folder: Path,
+    key: str,
+    record: dict[str, Any],
+) -> Manifest:
+    options = options_of(function)
+    partial, final = folder / f"{key}.partial", folder / key
+    if partial.exists() and not options.resumable:
+        shutil.rmtree(partial)
+    (partial / "data").mkdir(parents=True, exist_ok=True)
+    try:
+        result = function(config, partial / "data", **upstream)
+    except BaseException:
+        if not options.resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    manifest = Manifest.describe(
+        partial / "data",
+        kind=result.kind,
+        counts=result.counts,
+        metrics=result.metrics,
+        metadata=result.metadata,
+        step=record["step"],
+        key=key,
+        code=record["code"],
+        recipe=os.environ.get(RECIPE_VARIABLE, ""),
+    )
+    manifest.uri = str(final / "data")
+    manifest.write(partial / "manifest.json")
+    _copy_spool(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    return manifest
+
+
+def _copy_spool(partial: Path) -> None:
+    """Keep the step's tracking points beside its output, so that a run that reuses it shows them too."""
+    spool = tracking.spool_path()
+    if spool is not None and spool.exists():
+        shutil.copyfile(spool, partial / "tracking.jsonl")
+
+
+def _replay(manifest: Manifest) -> None:
+    """Report a reused step's points as they were, naming the run they came from by its recipe and key."""
+    kept = Path(manifest.uri).parent / "tracking.jsonl"
+    for _, line in events.read_lines(kept):
+        if line["type"] in ("metrics", "tags", "artifact", "dataset"):
+            if line["type"] == "artifact":
+                line["path"] = line["path"].replace(f"{manifest.key}.partial", manifest.key)
+            kind = line.pop("type")
+            line.pop("time")
+            tracking.record(kind, **line)
+
+
+def _config_type(function: StepFunction) -> type[BaseModel]:
+    hints = typing.get_type_hints(function)
+    return hints[next(iter(inspect.signature(function).parameters))]
+
+
+def _hand_over(manifest: Manifest, outputs: Mapping[str, str]) -> None:
+    """Copy the manifest, and small files such as a report, to where KFP looks for them."""
+    for name, target in outputs.items():
+        if name == "manifest":
+            manifest.write(target)
+        else:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(manifest.path(name), target)
+
+
+@contextmanager
+def _exclusive(folder: Path, key: str) -> Iterator[None]:
+    """Let one process at a time produce a key; a second one waits and then reuses the result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{key}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            events.progress("waiting for another run that makes the same output")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _log_file(name: str) -> Iterator[None]:
+    """Send this process's output (and its children's) to the step's log file; outside a run leave it alone."""
+    folder = events.run_directory()
+    if folder is not None:
+        path = folder / "logs" / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+    layout = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr, force=True)
+    yield
+    sys.stdout.flush()
+
+
+def _report_failure(error: BaseException) -> None:
+    user = isinstance(error, UserError)
+    message = str(error) if user else f"{type(error).__name__}: {error}"
+    if not user:
+        traceback.print_exc()
+    logger.error("%s", message)
+    tracking.record("end", status="FAILED")
+    events.emit("failed", kind="user" if user else "crash", message=message)

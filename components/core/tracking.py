@@ -1,0 +1,67 @@
+"""Tracking calls for steps: each appends a line to the step's spool, and one process delivers them.
+
+Opening an MLflow run costs seconds and a server may be down, so a step never talks to MLflow for its
+parameters and metrics: it writes to `<run>/spool/<step>.jsonl` and goes on. Outside a run every call
+does nothing, so a step function can be called from a test or a notebook as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modelmill.components.core.events import STEP_VARIABLE, append_line, run_directory
+
+RUN_SPOOL = "_run"  # records of the pipeline run itself, the parent of the steps
+
+
+def spool_path(step: str | None = None) -> Path | None:
+    """Spool file of a step (default: the current one), or None outside a run."""
+    folder = run_directory()
+    name = step or os.environ.get(STEP_VARIABLE)
+    return folder / "spool" / f"{name}.jsonl" if folder and name else None
+
+
+def record(kind: str, *, spool: str | None = None, **fields: Any) -> None:
+    """Append one record of a kind the delivery process knows (`start`, `params`, `metrics`, ...)."""
+    path = spool_path(spool)
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append_line(path, {"type": kind, "time": int(time.time() * 1000), **fields})
+
+
+def log_params(values: Mapping[str, Any]) -> None:
+    """Parameters of the step; nested mappings are flattened with dots by the delivery."""
+    record("params", values=dict(values))
+
+
+def log_metrics(values: Mapping[str, float], step: int = 0) -> None:
+    """Metrics at an optimizer step (or 0 for a summary)."""
+    record("metrics", values={name: float(value) for name, value in values.items()}, step=step)
+
+
+def set_tags(values: Mapping[str, str]) -> None:
+    """Tags of the step's run."""
+    record("tags", values=dict(values))
+
+
+def log_artifact(path: Path | str, folder: str = "") -> None:
+    """A file to keep with the step's run; it must still exist when the spool is delivered."""
+    record("artifact", path=str(Path(path).absolute()), folder=folder)
+
+
+def log_dataset(*, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any]) -> None:
+    """The data a step used or made, as an MLflow dataset input.
+
+    Args:
+        name: what people call it.
+        digest: content digest; MLflow keeps the first 36 characters.
+        source: URI it can be read from.
+        context: `training`, `validation` or `test`.
+        profile: counts such as rows, tokens and bytes.
+    """
+    record("dataset", name=name, digest=digest, source=source, context=context, profile=dict(profile))

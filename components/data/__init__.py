@@ -1,0 +1,1 @@
+"""Data preparation: corpus, tokenizer, packed tokens and the loader that reads them."""

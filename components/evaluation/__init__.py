@@ -1,0 +1,1 @@
+"""Judging a model: held-out likelihood, baselines, samples, the report."""

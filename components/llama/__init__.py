@@ -1,0 +1,1 @@
+"""The Llama 2/3 decoder, its Hugging Face import and export, and the pretraining step."""

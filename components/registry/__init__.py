@@ -1,0 +1,1 @@
+"""The model registry: what goes in, under which version and alias."""

@@ -1,0 +1,1 @@
+"""The training engine: launch, accelerator, loop, optimizer, checkpoint, memory."""

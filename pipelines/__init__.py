@@ -1,0 +1,1 @@
+"""What composes steps into pipelines, and the `modelmill` command that runs them."""

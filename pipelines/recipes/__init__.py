@@ -1,0 +1,1 @@
+"""Recipe types, one file a pipeline, and the recipes that ship: laptop, GPU and Trainium."""
