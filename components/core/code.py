@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
-import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -29,9 +28,7 @@ def package_version() -> str:
 
 @cache
 def _root() -> Path:
-    spec = importlib.util.find_spec(_PACKAGE)
-    assert spec is not None and spec.submodule_search_locations
-    return Path(list(spec.submodule_search_locations)[0])
+    return Path(__file__).resolve().parent.parent
 
 
 def _file(module: str) -> Path | None:

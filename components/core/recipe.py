@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,10 @@ class Recipe(Section):
     description: str = Field("", description="What the recipe is for, in one sentence.")
     tracking: TrackingConfig = TrackingConfig()
 
+    def steps(self) -> list[PlannedStep]:
+        """The pipeline's steps in the order they run; every recipe type lists its own."""
+        raise NotImplementedError(f"{type(self).__name__} lists no steps")
+
     def resolved_yaml(self) -> str:
         """The recipe with every default filled in, as stored with a run."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -48,6 +53,23 @@ class Recipe(Section):
         """Digest (16 hex digits) of everything that decides the run; name and description do not."""
         content = self.model_dump(mode="json", exclude={"name", "description"})
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a pipeline as its recipe sees it.
+
+    Attributes:
+        name: the step's name, which is also the name of its pipeline parameter.
+        config: the step's own section.
+        function: `module:name` of the step function, not imported until the step runs.
+        needs: parameter of the function -> name of the upstream step whose manifest it receives.
+    """
+
+    name: str
+    config: BaseModel
+    function: str
+    needs: Mapping[str, str] = field(default_factory=dict)
 
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)
