@@ -1,0 +1,56 @@
+# modelmill: `make help` lists the targets. `demo` and `test` need nothing but Python 3.11 or newer.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := core,train,kfp,track,eval,dev
+STAMP := $(VENV)/.installed
+
+export PYTHONDONTWRITEBYTECODE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test test-full lint types bench compile clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+
+demo: $(STAMP) ## pretrain a small Llama through the whole pipeline (about 3 minutes on 2 cores)
+	@$(BIN)/modelmill run laptop/llama-demo
+
+test: $(STAMP) ## lint and the tests (under 10 minutes on 2 cores)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
+	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-full: $(STAMP) ## the long tests: drills, kill schedules, the laptop recipes end to end
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: $(STAMP) ## ruff and the type checker
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
+	@$(MAKE) --no-print-directory types
+
+# Editors and the type checker know packages by folder name, and setup.cfg maps ours to modelmill.*:
+# two links give them the mapped names. Point an editor's extra path at .venv/mapped as well.
+types: $(STAMP) ## mypy over the mapped package names
+	@mkdir -p $(VENV)/mapped/modelmill
+	@ln -sfn ../../../components $(VENV)/mapped/modelmill/components
+	@ln -sfn ../../../pipelines $(VENV)/mapped/modelmill/pipelines
+	@MYPYPATH=$(VENV)/mapped $(BIN)/mypy -p modelmill.components -p modelmill.pipelines
+
+bench: $(STAMP) ## run every benchmark and rewrite the table of figures in README.md
+	@$(BIN)/python -m tests.benchmarks
+
+compile: $(STAMP) ## compile every pipeline to KFP YAML below build/pipelines
+	@$(BIN)/modelmill compile --all -o build/pipelines
+
+clean: ## remove the environment and everything a run left behind
+	rm -rf $(VENV) build dist .modelmill *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# Rebuilt when it is missing or older than the lock or the package's metadata. torch comes first: on a machine
+# without a GPU, point pip at a CPU wheel (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS) or it brings CUDA along.
+$(STAMP): constraints.txt setup.cfg pyproject.toml
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@rm -f $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' 2> $(VENV)/install.log \
+		|| { cat $(VENV)/install.log; exit 1; }
+	@touch $@

@@ -1,0 +1,19 @@
+"""KFP shell of the pretraining step. `section` is made by `modelmill.components.core.step.section`."""
+
+from kfp import dsl
+
+from modelmill.components.core.images import image
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def pretrain(
+    section: str,
+    tokenizer: dsl.Input[dsl.Artifact],
+    tokens: dsl.Input[dsl.Dataset],
+    manifest: dsl.Output[dsl.Model],
+) -> None:
+    """Train a Llama decoder from random weights on several processes."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.llama.pretrain import pretrain as step
+
+    run_step(step, section, {"tokenizer": tokenizer.path, "tokens": tokens.path}, {"manifest": manifest.path})
