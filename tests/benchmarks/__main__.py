@@ -1,0 +1,76 @@
+"""Run every benchmark and rewrite the table of figures in README.md.
+
+    python -m tests.benchmarks                 # all
+    python -m tests.benchmarks orchestration   # some
+
+A benchmark is a module beside this one that ends with one JSON line of named figures.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+# figure -> (what it says, what it is compared with or bounded by)
+MEANING = {
+    "vs_bare_loop": ("tokens/s of our loop / a bare hand loop over `LlamaForCausalLM`", "aim 1.0 or more"),
+    "vs_hf_trainer": ("tokens/s of our loop / Hugging Face `Trainer`", "aim 1.10 or more"),
+    "peak_memory_vs_hf": ("peak memory of our loop / Hugging Face `Trainer`", "aim 0.6 or less"),
+    "max_loss_difference": ("largest difference of the loss against `LlamaForCausalLM`, same weights", "1e-5 or less"),
+    "per_step_overhead_s": ("orchestration and tracking a pipeline step, seconds", "0.15 or less"),
+    "help_s": ("`modelmill --help`, seconds", "0.3 or less"),
+    "core_import_s": ("`import modelmill.components.core`, seconds", "0.15 or less"),
+}
+
+
+def run(name: str) -> dict[str, float]:
+    """Run one benchmark, show its output, and return its figures."""
+    print(f"== {name}", flush=True)
+    command = [sys.executable, "-m", f"tests.benchmarks.{name}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        last = ""
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    if process.returncode:
+        raise SystemExit(f"tests.benchmarks.{name} ended with exit code {process.returncode}")
+    return json.loads(last)
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """Rows of the present table by figure, so that running one benchmark keeps the others."""
+    table = text[text.index(BEGIN) : text.index(END)]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    return {row.split("`")[1]: row for row in rows}
+
+
+def rewrite(figures: dict[str, float]) -> None:
+    """Put figures into the README's table."""
+    text = README.read_text()
+    rows = rows_of(text)
+    for name, value in figures.items():
+        what, bound = MEANING[name]
+        rows[name] = f"| `{name}` | {what} | {value:.3g} | {bound} |"
+    ordered = [rows[name] for name in MEANING if name in rows]
+    table = "\n".join([BEGIN, "| figure | what it says | measured | bound |", "| --- | --- | ---: | --- |", *ordered, END])
+    README.write_text(text[: text.index(BEGIN)] + table + text[text.index(END) + len(END) :])
+
+
+def main(names: list[str]) -> None:
+    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"no benchmark called {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    figures: dict[str, float] = {}
+    for name in names or known:
+        figures |= run(name)
+    rewrite(figures)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
