@@ -49,8 +49,14 @@ def _imports(path: Path) -> set[str]:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(_PACKAGE):
-            names.add(node.value)  # a module started by name, as torchrun does
+            names.add(node.value.partition(":")[0])  # a module started by name, as torchrun does
     return {name for name in names if name.startswith(_PACKAGE + ".")}
+
+
+def _packages(module: str) -> list[str]:
+    """The packages around a module: importing it runs their `__init__` too."""
+    parts = module.split(".")
+    return [".".join(parts[:length]) for length in range(3, len(parts))]
 
 
 def reachable_modules(module: str) -> dict[str, Path]:
@@ -64,6 +70,7 @@ def reachable_modules(module: str) -> dict[str, Path]:
             continue
         found[name] = path
         waiting.extend(_imports(path))
+        waiting.extend(_packages(name))
     return found
 
 

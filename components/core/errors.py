@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 
@@ -26,8 +27,16 @@ _DISK_PROBLEMS = {
 
 
 def disk_error(error: OSError, folder: Path) -> UserError | None:
-    """Translate a failed write into a `UserError`, or None when the cause is something else."""
+    """Translate a disk's refusal into a `UserError`, or None when the cause is something else.
+
+    Args:
+        error: what the operating system said.
+        folder: where modelmill was writing; a path outside it is the user's own and is named instead.
+    """
     problem = _DISK_PROBLEMS.get(error.errno or 0)
     if problem is None:
         return None
-    return UserError(f"MODELMILL_HOME: cannot write {error.filename or folder}: {problem} or set MODELMILL_HOME")
+    place = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else None
+    if place is not None and not Path(place).absolute().is_relative_to(folder.absolute()):
+        return UserError(f"{place}: cannot be used: {problem}")
+    return UserError(f"MODELMILL_HOME: cannot write {place or folder}: {problem} or set MODELMILL_HOME")

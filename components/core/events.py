@@ -6,6 +6,7 @@ The writer is a step (or its launcher), the reader is the command. A line is wri
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -27,17 +28,31 @@ def run_directory() -> Path | None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON record to a file, whole or not at all."""
-    line = json.dumps(record, separators=(",", ":"), default=str) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Append one JSON record to a file.
+
+    A disk that fills up in the middle leaves a torn line. The next record starts on a line of its own, so only the
+    torn one is lost, and `read_lines` skips it.
+
+    Raises:
+        OSError: the record could not be written whole.
+    """
+    line = json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (offset after the record, record) from a byte offset; a half-written tail is left for later."""
+    """Yield (offset after the record, record) from a byte offset.
+
+    A half-written tail is left for later. A line that is no JSON object, as a full disk leaves behind, is skipped.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -46,7 +61,12 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield offset, json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield offset, record
 
 
 def emit(event: str, *, step: str | None = None, **fields: Any) -> None:

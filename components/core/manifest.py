@@ -42,7 +42,7 @@ class FileEntry(BaseModel):
     @classmethod
     def _inside(cls, value: str) -> str:
         path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in value:
             raise ValueError(f"{value!r} leaves the artifact's folder")
         return value
 
@@ -87,15 +87,20 @@ class Manifest(BaseModel):
             UserError: the file is missing, is not a manifest or has a schema this version does not know.
         """
         try:
-            manifest = cls.model_validate_json(Path(path).read_bytes())
+            content = json.loads(Path(path).read_bytes())
+            # Before the fields: a later version may have fields that this one would call wrong.
+            version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else SCHEMA_VERSION
+            if version != SCHEMA_VERSION:
+                raise UserError(f"manifest: {path} has schema version {version}; this is {SCHEMA_VERSION}")
+            return cls.model_validate(content)
         except FileNotFoundError:
             raise UserError(f"manifest: {path} does not exist; run the step that makes it") from None
         except ValidationError as error:
             first = error.errors()[0]
-            raise UserError(f"manifest: {path} is not a manifest ({first['loc']}: {first['msg']})") from None
-        if manifest.schema_version != SCHEMA_VERSION:
-            raise UserError(f"manifest: {path} has schema version {manifest.schema_version}; this is {SCHEMA_VERSION}")
-        return manifest
+            place = ".".join(str(part) for part in first["loc"]) or "content"
+            raise UserError(f"manifest: {path} is not a manifest ({place}: {first['msg']})") from None
+        except ValueError as error:
+            raise UserError(f"manifest: {path} is not JSON ({error}); run the step that makes it again") from None
 
     def write(self, path: Path | str) -> None:
         """Write the manifest so that a reader sees all of it or nothing."""

@@ -29,7 +29,7 @@ class Section(BaseModel):
 class TrackingConfig(Section):
     """Where a run shows up in MLflow."""
 
-    experiment: str = Field("modelmill", description="MLflow experiment of the pipeline run.")
+    experiment: str = Field(default="modelmill", description="MLflow experiment of the pipeline run.")
 
 
 class Recipe(Section):
@@ -103,7 +103,7 @@ def load_recipe(
     for override in overrides:
         _apply(values, override)
     pipeline = values.get("pipeline")
-    if pipeline not in types:
+    if not isinstance(pipeline, str) or pipeline not in types:
         hint = suggest(str(pipeline), list(types))
         raise UserError(f"pipeline: {pipeline!r} in {reference} is not a pipeline; {hint}")
     return validate(types[pipeline], values)
@@ -154,6 +154,8 @@ def _read(path: Path, folder: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"recipe: {path}{where} is not YAML ({getattr(error, 'problem', error)})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"recipe: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"recipe: {path} cannot be read ({error.strerror}); check its permissions") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe: {path} holds no mapping; start from `modelmill list` and a shipped recipe")
     base = values.pop("extends", None)
@@ -182,7 +184,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set: the value {text!r} of {key} is not YAML; quote it") from None
     *parents, last = key.split(".")
     for parent in parents:
-        child = values.setdefault(parent, {})
+        child = values.get(parent)
+        if child is None:  # absent, or a section left empty in the file
+            child = values[parent] = {}
         if not isinstance(child, dict):
             raise UserError(f"--set: {key} goes through {parent}, which is a value, not a section")
         values = child

@@ -24,7 +24,7 @@ import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest, canonical_json
 
 RECIPE_VARIABLE = "MODELMILL_RECIPE_HASH"
+FINISHED_VARIABLE = "MODELMILL_FINISHED_STEPS"  # steps that finished in the run this one resumes, with commas
+FRESH_VARIABLE = "MODELMILL_FRESH"  # set to anything: compute every step again
 USER_ERROR_EXIT = 2
 logger = logging.getLogger("modelmill")
 
@@ -106,7 +108,10 @@ def finished_manifest(store: Path, step: str, key: str) -> Manifest | None:
     path = store / step / key / "manifest.json"
     if not path.exists():
         return None
-    manifest = Manifest.read(path)
+    try:
+        manifest = Manifest.read(path)
+    except UserError:
+        return None  # a damaged manifest is made again, like a damaged file
     root = Path(manifest.uri)
     whole = all((root / e.path).is_file() and (root / e.path).stat().st_size == e.bytes for e in manifest.files)
     return manifest if whole else None
@@ -132,21 +137,21 @@ def run_step(
     name = record["step"]
     os.environ[events.STEP_VARIABLE] = name
     with _log_file(name):
-        events.emit("started", pid=os.getpid())
-        tracking.record("start")
         began = time.monotonic()
         try:
+            events.emit("started", pid=os.getpid())
+            run = events.run_directory()
+            tracking.record("start", run=run.name if run else "")
             manifest, reused = _produce(function, name, section_json, record, inputs)
             _hand_over(manifest, outputs)
+            tracking.record("end", status="FINISHED")
+            summary: dict[str, Any] = {"counts": manifest.counts, "metrics": manifest.metrics, "uri": manifest.uri}
+            events.emit("reused" if reused else "finished", seconds=round(time.monotonic() - began, 3), **summary)
+            return manifest
         except BaseException as error:
-            _report_failure(error)
-            raise SystemExit(USER_ERROR_EXIT if isinstance(error, UserError) else 1) from None
-        if reused:
-            tracking.set_tags({"modelmill.reused": "true"})
-        tracking.record("end", status="FINISHED")
-        summary = {"counts": manifest.counts, "metrics": manifest.metrics, "uri": manifest.uri}
-        events.emit("reused" if reused else "finished", seconds=round(time.monotonic() - began, 3), **summary)
-        return manifest
+            known = disk_error(error, Home.current().root) if isinstance(error, OSError) else None
+            _report_failure(known or error)
+            raise SystemExit(USER_ERROR_EXIT if isinstance(known or error, UserError) else 1) from None
 
 
 def _produce(
@@ -157,17 +162,20 @@ def _produce(
     store, options = Home.current().store, options_of(function)
     config = _config_type(function).model_validate(record["config"])
     tracking.log_params(record["config"])
-    try:
-        with _exclusive(store / name, key):
-            done = finished_manifest(store, name, key) if options.reuse else None
-            if done is not None:
-                logger.info("reusing %s", done.uri)
-                _replay(done)
-                return done, True
-            return _compute(function, config, upstream, store / name, key, record), False
-    except OSError as error:
-        problem = disk_error(error, store)
-        raise (problem or error) from None if problem else error
+    with _exclusive(store / name, key):
+        done = finished_manifest(store, name, key) if _may_reuse(name, options) else None
+        if done is not None:
+            logger.info("reusing %s", done.uri)
+            _replay(done)
+            return done, True
+        return _compute(function, config, upstream, store / name, key, record), False
+
+
+def _may_reuse(name: str, options: StepOptions) -> bool:
+    """Whether a finished output may be taken; a resumed run does not repeat the side effects of its predecessor."""
+    if os.environ.get(FRESH_VARIABLE):
+        return False
+    return options.reuse or name in os.environ.get(FINISHED_VARIABLE, "").split(",")
 
 
 def _compute(
@@ -180,7 +188,7 @@ def _compute(
 ) -> Manifest:
     options = options_of(function)
     partial, final = folder / f"{key}.partial", folder / key
-    if partial.exists() and not options.resumable:
+    if partial.exists() and (not options.resumable or os.environ.get(FRESH_VARIABLE)):
         shutil.rmtree(partial)
     (partial / "data").mkdir(parents=True, exist_ok=True)
     try:
@@ -206,7 +214,15 @@ def _compute(
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
+    _drop_scratch(final)  # only now: killed before this line, a resumed step still finds its checkpoints
     return manifest
+
+
+def _drop_scratch(folder: Path) -> None:
+    """Free what the step kept beside its output, such as checkpoints: a finished output needs none of it."""
+    for path in folder.iterdir():
+        if path.name not in ("data", "manifest.json", "tracking.jsonl"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _copy_spool(partial: Path) -> None:
@@ -217,15 +233,22 @@ def _copy_spool(partial: Path) -> None:
 
 
 def _replay(manifest: Manifest) -> None:
-    """Report a reused step's points as they were, naming the run they came from by its recipe and key."""
+    """Report a reused step's points as they were, at the times they were made, and name the run that made them."""
     kept = Path(manifest.uri).parent / "tracking.jsonl"
-    for _, line in events.read_lines(kept):
-        if line["type"] in ("metrics", "tags", "artifact", "dataset"):
-            if line["type"] == "artifact":
+    source, repeated = "", set[tracking.Point]()
+    for offset, line in events.read_lines(kept):
+        kind = line.pop("type", "")
+        if kind == "start":
+            source = line.get("run", source)
+            repeated = tracking.points_before(kept, offset)
+        elif kind == "metrics":
+            fresh = {n: v for n, v in line["values"].items() if (n, line["step"], v) not in repeated}
+            tracking.record(kind, **{**line, "values": fresh})
+        elif kind in ("tags", "artifact", "dataset"):
+            if kind == "artifact":
                 line["path"] = line["path"].replace(f"{manifest.key}.partial", manifest.key)
-            kind = line.pop("type")
-            line.pop("time")
             tracking.record(kind, **line)
+    tracking.set_tags({"modelmill.reused": "true", "modelmill.reused_from": source, "modelmill.key": manifest.key})
 
 
 def _config_type(function: StepFunction) -> type[BaseModel]:
@@ -260,18 +283,29 @@ def _exclusive(folder: Path, key: str) -> Iterator[None]:
 def _log_file(name: str) -> Iterator[None]:
     """Send this process's output (and its children's) to the step's log file; outside a run leave it alone."""
     folder = events.run_directory()
+    saved: tuple[int, int] | None = None
     if folder is not None:
         path = folder / "logs" / f"{name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.close(descriptor)
+        sys.stderr.flush()
+        with suppress(OSError):  # a full or read-only disk: the step itself says so, on the console
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            saved = os.dup(1), os.dup(2)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            os.close(descriptor)
     layout = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr, force=True)
-    yield
-    sys.stdout.flush()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if saved is not None:  # a notebook or a test that runs several steps gets its output back
+            for number, copy in enumerate(saved, start=1):
+                os.dup2(copy, number)
+                os.close(copy)
 
 
 def _report_failure(error: BaseException) -> None:
@@ -280,5 +314,7 @@ def _report_failure(error: BaseException) -> None:
     if not user:
         traceback.print_exc()
     logger.error("%s", message)
-    tracking.record("end", status="FAILED")
-    events.emit("failed", kind="user" if user else "crash", message=message)
+    with suppress(OSError):  # a full disk must not hide the message that says so
+        tracking.record("end", status="FAILED")
+    with suppress(OSError):
+        events.emit("failed", kind="user" if user else "crash", message=message)

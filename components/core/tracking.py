@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelmill.components.core.events import STEP_VARIABLE, append_line, run_directory
+from modelmill.components.core.events import STEP_VARIABLE, append_line, read_lines, run_directory
 
 RUN_SPOOL = "_run"  # records of the pipeline run itself, the parent of the steps
+
+Point = tuple[str, int, float]  # name, step and value of one metric
 
 
 def spool_path(step: str | None = None) -> Path | None:
@@ -32,6 +34,21 @@ def record(kind: str, *, spool: str | None = None, **fields: Any) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     append_line(path, {"type": kind, "time": int(time.time() * 1000), **fields})
+
+
+def points_before(spool: Path, offset: int) -> set[Point]:
+    """Points of a spool's records that end at or before a byte offset.
+
+    A step that goes on from a checkpoint reports the points after it a second time. Those that came out equal are
+    one point: whoever reads past a second `start` record drops what is in this set.
+    """
+    points: set[Point] = set()
+    for end, line in read_lines(spool):
+        if end > offset:
+            break
+        if line.get("type") == "metrics":
+            points.update((name, line["step"], value) for name, value in line["values"].items())
+    return points
 
 
 def log_params(values: Mapping[str, Any]) -> None:
