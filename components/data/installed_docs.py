@@ -1,0 +1,166 @@
+"""Documentation of installed Python distributions: real text that needs no download.
+
+One document a module (its documentation strings, each under its qualified signature) and one a distribution (the
+description a package index shows). Modules are read by their syntax tree and never imported, so nothing is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import email
+import hashlib
+import heapq
+import importlib.metadata
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from importlib.metadata import Distribution, PackagePath
+from pathlib import Path
+
+from modelmill.components.core.errors import UserError
+
+_PARAMETER = "corpus.source.distributions"
+_TEST_FOLDERS = {"test", "tests"}  # no documentation, and slim installations leave them out
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def find_distributions(names: Sequence[str]) -> list[Distribution]:
+    """The named distributions.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    found = []
+    for name in names:
+        try:
+            found.append(importlib.metadata.distribution(name))
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            raise UserError(f"{_PARAMETER}: {name!r} is not installed; install it or take it off the list") from None
+    return found
+
+
+def installed_versions(names: Sequence[str]) -> list[str]:
+    """`name==version` of each distribution; see `find_distributions` for the error."""
+    return [f"{name}=={found.version}" for name, found in zip(names, find_distributions(names), strict=True)]
+
+
+def read_installed_docs(names: Sequence[str], shortest: int, skipped: Counter[str]) -> Generator[str, None, None]:
+    """Documents of the distributions, always one of whichever has given the fewest bytes so far.
+
+    So a cap is shared evenly, whatever the sizes. Within a distribution the order is that of the digests of the file
+    names: a cut leaves a sample of the whole, not the packages early in the alphabet.
+
+    Args:
+        names: distributions.
+        shortest: modules with fewer bytes of documentation (an estimate from the quotes) are not parsed.
+        skipped: counts modules without documentation and those that are not Python, by reason.
+
+    Raises:
+        UserError: a distribution is not installed, or its files are not those that were installed.
+    """
+    queue = [
+        (0, order, _documents_of(found, shortest, skipped)) for order, found in enumerate(find_distributions(names))
+    ]
+    while queue:
+        given, order, documents = queue[0]
+        text = next(documents, None)
+        if text is None:
+            heapq.heappop(queue)
+            continue
+        heapq.heapreplace(queue, (given + len(text.encode("utf-8", "surrogatepass")), order, documents))
+        yield text
+
+
+def _documents_of(found: Distribution, shortest: int, skipped: Counter[str]) -> Iterator[str]:
+    # The body of METADATA, or its header in the oldest format; read as it is, because the parser's type varies.
+    metadata = email.message_from_string(found.read_text("METADATA") or found.read_text("PKG-INFO") or "")
+    description = str(metadata.get_payload()) or metadata.get("Description", "")
+    if description.strip():
+        yield description
+    for file in _modules(found):
+        try:
+            source = Path(str(file.locate())).read_bytes()
+        except FileNotFoundError:
+            name = found.metadata["Name"]
+            raise UserError(f"{_PARAMETER}: {name} is installed without its file {file}; reinstall {name}") from None
+        if _quoted_bytes(source) < shortest:
+            skipped["undocumented"] += 1
+            continue
+        text = module_document(source, _module_name(file))
+        if text is None:
+            skipped["not_python"] += 1
+        else:
+            yield text
+
+
+def _modules(found: Distribution) -> list[PackagePath]:
+    files = [
+        file
+        for file in found.files or []
+        if file.suffix == ".py" and ".." not in file.parts and not _TEST_FOLDERS.intersection(file.parts)
+    ]
+    return sorted(files, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest())
+
+
+def _module_name(file: PackagePath) -> str:
+    parts = file.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _quoted_bytes(source: bytes) -> int:
+    """Bytes between triple quotes: far cheaper than parsing, and an upper bound for nearly every module."""
+    return sum(sum(map(len, source.split(quotes)[1::2])) for quotes in (b'"""', b"'''"))
+
+
+def module_document(source: bytes, name: str) -> str | None:
+    """Documentation of a module as one text, or None when the source is not Python of this version.
+
+    Args:
+        source: the file's bytes; the encoding is the one Python would use.
+        name: qualified name, which becomes the title.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    sections = [name]
+    for signature, text in _documented(tree, ""):
+        sections.extend([signature, text] if signature else [text])
+    return "\n\n".join(sections) + "\n"
+
+
+def _documented(node: _Documented, prefix: str) -> Iterator[tuple[str, str]]:
+    """(signature, documentation) of a node and of what it defines, in source order."""
+    text = ast.get_docstring(node, clean=False)
+    if text and text.strip():
+        yield _signature(node, prefix), inspect.cleandoc(text)
+    inner = prefix if isinstance(node, ast.Module) else f"{prefix}{node.name}."
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in _definitions(node.body):
+            yield from _documented(child, inner)
+
+
+def _definitions(body: Sequence[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Classes and functions of a body, also those under `if` and `try`."""
+    for statement in body:
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield statement
+        elif isinstance(statement, ast.If):
+            yield from _definitions([*statement.body, *statement.orelse])
+        elif isinstance(statement, ast.Try):
+            handled = [inner for handler in statement.handlers for inner in handler.body]
+            yield from _definitions([*statement.body, *handled, *statement.orelse, *statement.finalbody])
+
+
+def _signature(node: _Documented, prefix: str) -> str:
+    if isinstance(node, ast.Module):
+        return ""
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"class {prefix}{node.name}({bases})" if bases else f"class {prefix}{node.name}"
+    keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{keyword} {prefix}{node.name}({ast.unparse(node.args)}){returns}"

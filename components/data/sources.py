@@ -1,0 +1,60 @@
+"""Every kind of source as a stream of raw texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+
+from modelmill.components.core.uri import split_s3
+from modelmill.components.data.config import CorpusConfig, FilesSource, InstalledDocsSource, S3Source, Source
+from modelmill.components.data.files import list_files
+from modelmill.components.data.formats import ReadOptions, read_texts
+from modelmill.components.data.huggingface import read_dataset
+from modelmill.components.data.installed_docs import read_installed_docs
+from modelmill.components.data.s3 import download, list_objects
+
+
+def read_source(
+    source: Source, config: CorpusConfig, scratch: Path, skipped: Counter[str]
+) -> Generator[str, None, None]:
+    """Raw texts of a source, lazily: what is not asked for is not read or downloaded.
+
+    Args:
+        source: where the text is.
+        config: the section it stands in.
+        scratch: folder for temporary files, emptied as the stream goes on.
+        skipped: counts what a source passed over before it became a document, by reason.
+
+    Raises:
+        UserError: something cannot be found or read; the message names the file and the place in it.
+    """
+    if isinstance(source, InstalledDocsSource):
+        return read_installed_docs(source.distributions, config.min_document_length, skipped)
+    if isinstance(source, FilesSource):
+        return _read_files(source, config, scratch)
+    if isinstance(source, S3Source):
+        return _read_objects(source, config, scratch)
+    return read_dataset(source)
+
+
+def _options(source: FilesSource | S3Source, config: CorpusConfig, scratch: Path) -> ReadOptions:
+    return ReadOptions(source.text_field, source.separator, config.max_document_length, scratch)
+
+
+def _read_files(source: FilesSource, config: CorpusConfig, scratch: Path) -> Generator[str, None, None]:
+    options = _options(source, config, scratch)
+    for entry in list_files(source.paths):
+        yield from read_texts(entry.path, str(entry.path), entry.format, options)
+
+
+def _read_objects(source: S3Source, config: CorpusConfig, scratch: Path) -> Generator[str, None, None]:
+    options = _options(source, config, scratch)
+    bucket, _ = split_s3(source.uri)
+    target = scratch / "object"  # never the key: it may hold `..` or be as long as S3 allows
+    for entry in list_objects(source.uri, source.endpoint_url):
+        try:
+            download(source.uri, source.endpoint_url, entry, target)
+            yield from read_texts(target, f"s3://{bucket}/{entry.key}", entry.format, options)
+        finally:
+            target.unlink(missing_ok=True)
