@@ -1,1 +1,1 @@
-"""The Llama 2/3 decoder, its Hugging Face import and export, and the pretraining step."""
+"""The Llama decoder: its configuration, the module, and exchange with Hugging Face checkpoints."""

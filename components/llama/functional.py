@@ -1,0 +1,229 @@
+"""The decoder's elementwise operations with hand-written gradients.
+
+Composed from torch primitives these save several full-size intermediates each for the backward pass, which on
+a CPU is where the memory and much of the elementwise time of a small model goes. Each `autograd.Function` here
+saves only its inputs (or nothing) and writes its gradient into one buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`hidden / sqrt(mean(hidden^2) + eps) * weight` (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    torch's own `rms_norm` is one fused kernel on accelerators; on a CPU it is composed of primitives, and for
+    float32 the hand-written gradient takes about half the time forward and backward.
+
+    Args:
+        hidden: [..., D].
+        weight: [D].
+        eps: added to the mean square.
+
+    Returns:
+        [..., D] in the dtype of `hidden`.
+    """
+    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32:
+        return _RMSNorm.apply(hidden, weight, eps)
+    return F.rms_norm(hidden, weight.shape, weight, eps).to(hidden.dtype)
+
+
+def norm_linear(hidden: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
+    """`linear(norm(hidden))` for an RMS norm, recomputing the normalised input in the backward pass.
+
+    The gradient of the norm needs the normalised values anyway, so recomputing them costs one product per
+    element and saves a [..., D] tensor. Only for float32 on a CPU; elsewhere, under autocast, and when either
+    module is not plain (an adapter, a hook), the modules are called one after the other.
+
+    Args:
+        hidden: [..., D].
+        norm: has `weight` [D] and `eps`.
+        linear: has `weight` [O, D].
+
+    Returns:
+        [..., O].
+    """
+    if _fusible(hidden, linear) and not _has_hooks(norm) and hidden.device.type == "cpu":
+        return _NormLinear.apply(hidden, norm.weight, norm.eps, linear.weight)
+    return linear(norm(hidden))
+
+
+def swiglu_linear(gate_up: Tensor, linear: nn.Module) -> Tensor:
+    """`linear(silu(gate) * up)`, recomputing the linear's input in the backward pass.
+
+    The gradient of SwiGLU (Shazeer 2020, arXiv:2002.05202) evaluates `silu(gate)` anyway, so this saves a
+    [..., I] tensor for one product per element. Under autocast, in half precision, and when `linear` is not
+    plain (an adapter, a hook), it is called on the product as usual.
+
+    Args:
+        gate_up: [..., 2 * I], the gate first, as a fused projection makes them.
+        linear: has `weight` [D, I].
+
+    Returns:
+        [..., D].
+    """
+    if _fusible(gate_up, linear):
+        return _SwiGLULinear.apply(gate_up, linear.weight)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return linear(F.silu(gate) * up)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _fusible(inputs: Tensor, linear: nn.Module) -> bool:
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and not _has_hooks(linear)
+        and inputs.dtype == linear.weight.dtype == torch.float32
+        and not torch.is_autocast_enabled(inputs.device.type)
+    )
+
+
+def _inverse_rms(hidden: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return norm.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+
+
+def _rms_norm_backward(grad: Tensor, normalized: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden [N, D] and weight [D]; `grad` and `normalized` are [N, D], `inverse` [N, 1]."""
+    product = grad * normalized
+    grad_weight = product.sum(0)
+    projection = torch.mv(product, weight).div_(weight.numel()).unsqueeze(1)
+    grad_hidden = torch.mul(grad, weight, out=product).addcmul_(normalized, projection, value=-1)
+    return grad_hidden.mul_(inverse), grad_weight
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = _inverse_rms(hidden, eps)
+        ctx.save_for_backward(hidden, weight, inverse)
+        return torch.mul(hidden, inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, inverse = ctx.saved_tensors
+        normalized = (hidden * inverse).flatten(0, -2)
+        grad_hidden, grad_weight = _rms_norm_backward(grad.flatten(0, -2), normalized, inverse.view(-1, 1), weight)
+        return grad_hidden.view_as(hidden), grad_weight, None
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
+        inverse = _inverse_rms(hidden, eps)
+        ctx.save_for_backward(hidden, norm_weight, inverse, weight)
+        return F.linear(torch.mul(hidden, inverse).mul_(norm_weight), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
+        hidden, norm_weight, inverse, weight = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        normalized = (hidden * inverse).flatten(0, -2)
+        inputs = normalized * norm_weight
+        grad_weight = grad.t() @ inputs
+        grad_inputs = torch.mm(grad, weight, out=inputs)
+        grad_hidden, grad_norm_weight = _rms_norm_backward(grad_inputs, normalized, inverse.view(-1, 1), norm_weight)
+        return grad_hidden.view_as(hidden), grad_norm_weight, None, grad_weight
+
+
+class _SwiGLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.flatten(0, -2).chunk(2, dim=-1)
+        grad = grad.flatten(0, -2)
+        activated = F.silu(gate)
+        inputs = activated * up
+        grad_weight = grad.t() @ inputs
+        grad_inputs = torch.mm(grad, weight, out=inputs)
+        result = torch.empty_like(gate_up)
+        grad_gate, grad_up = result.view(-1, result.shape[-1]).chunk(2, dim=-1)
+        torch.mul(activated, grad_inputs, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_inputs.mul_(up), gate, grad_input=grad_gate)
+        return result, grad_weight
+
+
+def rotate_and_split(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a fused projection into heads and apply rotary embeddings to queries and keys.
+
+    Rotary embeddings (Su et al. 2021, arXiv:2104.09864) in Hugging Face's "rotate half" convention: dimension i
+    of a head is paired with dimension i + Dh/2, so checkpoints need no permutation.
+
+    Args:
+        qkv: [B, T, (H + 2 * K) * Dh]: H query heads, then K key heads, then K value heads.
+        cos: [T, Dh / 2], cosine of position times inverse frequency.
+        sin: [T, Dh / 2], its sine.
+        num_heads: H.
+        num_kv_heads: K.
+
+    Returns:
+        Queries [B, H, T, Dh], keys [B, K, T, Dh] and values [B, K, T, Dh], views of one buffer.
+    """
+    return _RotateAndSplit.apply(qkv, cos, sin, num_heads, num_kv_heads)
+
+
+def _rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor, direction: int) -> None:
+    """Rotate heads [B, T, R, Dh] by `direction` times the angle; `cos` and `sin` are [T, 1, Dh / 2]."""
+    first, second = source.chunk(2, dim=-1)
+    target_first, target_second = target.chunk(2, dim=-1)
+    torch.mul(first, cos, out=target_first)
+    target_first.addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=target_second)
+    target_second.addcmul_(first, sin, value=direction)
+
+
+class _RotateAndSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, width = qkv.shape
+        heads = qkv.view(batch, length, num_heads + 2 * num_kv_heads, -1)
+        # A copy, not in place: the projection's output may be held by a hook or an adapter.
+        out = torch.empty_like(heads)
+        rotated = num_heads + num_kv_heads
+        cos, sin = cos.unsqueeze(1).to(qkv.dtype), sin.unsqueeze(1).to(qkv.dtype)
+        _rotate(heads[:, :, :rotated], out[:, :, :rotated], cos, sin, 1)
+        out[:, :, rotated:].copy_(heads[:, :, rotated:])
+        ctx.save_for_backward(cos, sin)
+        ctx.sizes = (num_heads, num_kv_heads, width)
+        query, key, value = out.transpose(1, 2).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        return query, key, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        num_heads, num_kv_heads, width = ctx.sizes
+        batch, _, length, head_dim = grad_query.shape
+        grad = grad_query.new_empty(batch, length, num_heads + 2 * num_kv_heads, head_dim)
+        query, key, value = grad.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+        _rotate(grad_query.transpose(1, 2), query, cos, sin, -1)
+        _rotate(grad_key.transpose(1, 2), key, cos, sin, -1)
+        value.copy_(grad_value.transpose(1, 2))
+        return grad.view(batch, length, width), None, None, None, None

@@ -1,0 +1,365 @@
+"""Exchange of weights with Hugging Face checkpoints, safetensors only.
+
+A checkpoint folder holds `config.json` and either `model.safetensors` or shards with
+`model.safetensors.index.json`. Pickled checkpoints (`pytorch_model.bin`) are refused: unpickling runs code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.llama.config import LlamaConfig
+from modelmill.components.llama.model import LlamaDecoder
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+
+
+def load_huggingface(folder: Path | str, dtype: torch.dtype | None = None) -> LlamaDecoder:
+    """Read a Llama checkpoint into a decoder on the CPU, fusing q/k/v and gate/up.
+
+    Args:
+        folder: holds `config.json` and the safetensors.
+        dtype: of the parameters; None keeps that of the checkpoint's token embedding.
+
+    Raises:
+        UserError: the folder is not a Llama checkpoint this decoder implements; a tensor is missing, unexpected
+            or mis-shaped; a file is missing, corrupt or truncated; or the checkpoint is a pickle.
+    """
+    folder = Path(folder)
+    config = LlamaConfig.from_huggingface(_read_json(folder / "config.json", folder))
+    with ExitStack() as stack:
+        files = _weight_files(folder)
+        handles = {name: stack.enter_context(_open(folder / name)) for name in files}
+        source = {tensor: handle for handle in handles.values() for tensor in handle.keys()}  # noqa: SIM118
+        _check_names(config, set(source), folder)
+        if dtype is None:
+            dtype = source["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight").dtype
+        model = LlamaDecoder(config, device="meta", dtype=dtype)
+        state = {}
+        for name, meta in model.state_dict().items():
+            fused = torch.empty(meta.shape, dtype=dtype)
+            for piece, start, rows in _pieces(config, name):
+                target = fused if rows is None else fused[start : start + rows]
+                _copy(source[piece], piece, target, folder)
+            state[name] = fused
+        if config.tie_embeddings and "lm_head.weight" in source:
+            head = source["lm_head.weight"].get_tensor("lm_head.weight").to(dtype)
+            if not torch.equal(head, state["embedding.weight"]):
+                raise UserError(
+                    f"{folder}: lm_head.weight differs from model.embed_tokens.weight although config.json"
+                    " says tie_word_embeddings; set tie_word_embeddings to false"
+                )
+    model.load_state_dict(state, assign=True)
+    model.reset_rope("cpu")
+    return model
+
+
+def export_huggingface(
+    model: LlamaDecoder,
+    folder: Path | str,
+    *,
+    tokenizer_folder: Path | str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint that `transformers.LlamaForCausalLM.from_pretrained` reads.
+
+    Every file is written under a temporary name and then renamed, the weights before `config.json`; weight
+    files of an earlier export into the same folder are removed. Equal weights give equal bytes.
+
+    Args:
+        model: its parameters may live on any device, and must be whole (not sharded).
+        folder: made if missing.
+        tokenizer_folder: its tokenizer files are copied, and its special tokens' ids recorded.
+        max_shard_bytes: tensors are split over several files where one would be larger than this.
+        dtype: of the written tensors; None keeps the model's.
+
+    Raises:
+        UserError: `tokenizer_folder` holds no tokenizer, `max_shard_bytes` is not positive, or `dtype` has no
+            name in Hugging Face's config.
+    """
+    folder = Path(folder)
+    dtype = model.embedding.weight.dtype if dtype is None else dtype
+    if dtype not in _DTYPE_NAMES:
+        raise UserError(f"dtype: {dtype} cannot be exported; use one of {', '.join(_DTYPE_NAMES.values())}")
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes: {max_shard_bytes} is not positive; use for example 5000000000")
+    tokenizer = _tokenizer_files(Path(tokenizer_folder)) if tokenizer_folder is not None else []
+    special = _special_token_ids(Path(tokenizer_folder)) if tokenizer_folder is not None else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace_weights(model, folder, dtype, max_shard_bytes)
+    for file in tokenizer:
+        shutil.copyfile(file, _temporary(folder / file.name))
+        _publish(folder / file.name)
+    name = _DTYPE_NAMES[dtype]
+    config = {**model.config.to_huggingface(), **special, "dtype": name, "torch_dtype": name}
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
+    _write_json(folder / "config.json", config)
+
+
+def weights_digest(folder: Path | str) -> str:
+    """SHA-256, as hex, over the name, dtype, shape and bytes of every tensor, in the order of the names.
+
+    Two checkpoints with equal weights have equal digests however they are split into shards. The files are read
+    without torch and in constant memory.
+
+    Raises:
+        UserError: there are no safetensors in `folder`, or a file is corrupt or truncated.
+    """
+    folder = Path(folder)
+    tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
+    for name in _weight_files(folder):
+        path = folder / name
+        for tensor, entry, offset in _header(path):
+            begin, end = entry["data_offsets"]
+            tensors[tensor] = (path, entry["dtype"], entry["shape"], offset + begin, end - begin)
+    digest = hashlib.sha256()
+    for tensor in sorted(tensors):
+        path, dtype, shape, offset, remaining = tensors[tensor]
+        digest.update(json.dumps([tensor, dtype, shape]).encode())
+        with path.open("rb") as file:
+            file.seek(offset)
+            while remaining:
+                block = file.read(min(remaining, 1 << 20))
+                digest.update(block)
+                remaining -= len(block)
+    return digest.hexdigest()
+
+
+def _header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Name, entry and absolute offset of the data section, for each tensor of a safetensors file."""
+    try:
+        with _open(path), path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            entries = json.loads(file.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise UserError(f"{path.parent}: {path.name} cannot be read ({error}); copy it again") from error
+    for tensor, entry in entries.items():
+        if tensor != "__metadata__":
+            yield tensor, entry, 8 + length
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path.parent}: {path.name} is missing, corrupt or truncated ({error}); copy it again"
+        ) from error
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: {path.name} is missing; use a folder with a Hugging Face checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {path.name} is not readable JSON ({error}); copy it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{folder}: {path.name} is not a JSON object; copy it again")
+    return value
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that make up the checkpoint."""
+    if (folder / INDEX_NAME).is_file():
+        weight_map = _read_json(folder / INDEX_NAME, folder).get("weight_map")
+        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        # An index is data from elsewhere: it must not point out of its folder.
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise UserError(f"{folder}: {INDEX_NAME} has no weight_map of plain file names; copy it again")
+        return names
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder}: {pickles[0]} is a pickle, and loading one can run code; convert the checkpoint"
+            f" to {SINGLE_NAME}"
+        )
+    raise UserError(f"{folder}: holds no {SINGLE_NAME} or {INDEX_NAME}; use a folder with a Hugging Face checkpoint")
+
+
+_PLAIN = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "feed_forward_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.down.weight": "mlp.down_proj.weight",
+}
+
+
+def _pieces(config: LlamaConfig, name: str) -> list[tuple[str, int, int | None]]:
+    """Hugging Face tensors making up the parameter `name`: name, first row, number of rows (None: all)."""
+    if name in _PLAIN:
+        return [(_PLAIN[name], 0, None)]
+    _, index, rest = name.split(".", 2)
+    prefix = f"model.layers.{index}."
+    if rest in _LAYER:
+        return [(prefix + _LAYER[rest], 0, None)]
+    if rest == "attention.qkv.weight":
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = [("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", key)]
+    else:
+        parts = [("mlp.gate_proj", config.intermediate_size), ("mlp.up_proj", config.intermediate_size)]
+    pieces: list[tuple[str, int, int | None]] = []
+    start = 0
+    for part, rows in parts:
+        pieces.append((f"{prefix}{part}.weight", start, rows))
+        start += rows
+    return pieces
+
+
+def _check_names(config: LlamaConfig, found: set[str], folder: Path) -> None:
+    names = LlamaDecoder(config, device="meta").state_dict()
+    expected = {piece for name in names for piece, _, _ in _pieces(config, name)}
+    missing = sorted(expected - found)
+    if missing:
+        raise UserError(
+            f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); copy the checkpoint again,"
+            " or correct its config.json"
+        )
+    # transformers before 4.32 stored this constant; tied checkpoints may repeat the embedding as the head.
+    unexpected = sorted(
+        name
+        for name in found - expected
+        if not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name == "lm_head.weight")
+    )
+    if unexpected:
+        raise UserError(
+            f"{folder}: tensor {unexpected[0]} is unexpected ({len(unexpected)} in all) and would be lost;"
+            " use a plain Llama checkpoint, or correct its config.json"
+        )
+
+
+def _copy(handle: Any, name: str, target: Tensor, folder: Path) -> None:
+    shape = handle.get_slice(name).get_shape()
+    if list(shape) != list(target.shape):
+        raise UserError(
+            f"{folder}: tensor {name} has shape {list(shape)} where config.json implies"
+            f" {list(target.shape)}; correct config.json or copy the checkpoint again"
+        )
+    tensor = handle.get_tensor(name)
+    if not tensor.is_floating_point():
+        raise UserError(f"{folder}: tensor {name} is {tensor.dtype}; use a checkpoint that is not quantized")
+    target.copy_(tensor)
+
+
+def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    parameters = dict(model.state_dict())
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, parameter in parameters.items():
+        for piece, start, rows in _pieces(model.config, name):
+            part = parameter if rows is None else parameter[start : start + rows]
+            nbytes = part.numel() * dtype.itemsize
+            if shards[-1] and size + nbytes > max_shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][piece] = part
+            size += nbytes
+            total += nbytes
+    names = (
+        [SINGLE_NAME]
+        if len(shards) == 1
+        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    )
+    published = list(names)
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            # Copied one shard at a time: safetensors refuses views of one storage, which fused weights are.
+            tensors = {piece: part.detach().to("cpu", dtype, copy=True) for piece, part in shard.items()}
+            save_file(tensors, _temporary(folder / name), metadata={"format": "pt"})
+        if len(shards) > 1:
+            weight_map = {piece: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            _temporary(folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            published.append(INDEX_NAME)
+    except BaseException:
+        for name in [*names, INDEX_NAME]:
+            _temporary(folder / name).unlink(missing_ok=True)
+        raise
+    for stale in folder.glob("model*.safetensors*"):
+        if stale.name not in published:
+            stale.unlink()
+    for name in published:
+        _publish(folder / name)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _publish(path: Path) -> None:
+    """Make the temporary file of `path` durable, then visible under its name."""
+    with _temporary(path).open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(_temporary(path), path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _temporary(path).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _publish(path)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in files):
+        raise UserError(
+            f"tokenizer_folder: {folder} holds no tokenizer.json or tokenizer.model;"
+            " use the folder of a Hugging Face tokenizer"
+        )
+    return files
+
+
+def _special_token_ids(folder: Path) -> dict[str, int]:
+    """Ids of the tokens that `tokenizer_config.json` names as beginning, end and padding."""
+    if not all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return {}
+    tokenizer = _read_json(folder / "tokenizer.json", folder)
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
+    named = _read_json(folder / "tokenizer_config.json", folder)
+    found = {}
+    for role in ("bos", "eos", "pad"):
+        token = named.get(f"{role}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in ids:
+            found[f"{role}_token_id"] = ids[content]
+    return found

@@ -1,0 +1,223 @@
+"""The Llama decoder as a torch module, with the projections that share an input fused into one product."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.llama.config import LlamaConfig
+from modelmill.components.llama.functional import norm_linear, rms_norm, rotate_and_split, swiglu_linear
+from modelmill.components.training.loss import linear_cross_entropy
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned scale (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise [..., D] to [..., D]."""
+        return rms_norm(hidden, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; queries, keys and values come from one fused projection."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.qkv = nn.Linear(
+            config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=False
+        )
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attend within each row of `norm(hidden)`, [B, T, D]; `cos` and `sin` are [T, Dh / 2]."""
+        qkv = norm_linear(hidden, norm, self.qkv)
+        query, key, value = rotate_and_split(qkv, cos, sin, self.num_heads, self.num_kv_heads)
+        grouped = self.num_heads != self.num_kv_heads
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        return self.output(attended.transpose(1, 2).reshape(hidden.shape))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward layer; gate and up come from one fused projection (arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        """Map `norm(hidden)`, [..., D], to [..., D]."""
+        return swiglu_linear(norm_linear(hidden, norm, self.gate_up), self.down)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Map [B, T, D] to [B, T, D]; `cos` and `sin` are [T, Dh / 2]."""
+        hidden = hidden + self.attention(hidden, self.attention_norm, cos, sin)
+        return hidden + self.feed_forward(hidden, self.feed_forward_norm)
+
+
+class LlamaDecoder(nn.Module):
+    """Llama 2 and 3 decoder (arXiv:2307.09288, arXiv:2407.21783).
+
+    Attributes:
+        config: the architecture, with `vocab_size` set.
+        layers: the `DecoderLayer`s, each callable as `layer(hidden, cos, sin)`; wrap these to shard or
+            checkpoint activations.
+        lm_head: the output projection, None when the token embedding is the head too.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        """Build and initialise the decoder.
+
+        Args:
+            config: the architecture.
+            device: where the parameters live; "meta" allocates and initialises nothing, for sharded or
+                checkpointed starts (then `to_empty` and `init_weights`, or load the weights).
+            dtype: of the parameters.
+            seed: of `init_weights`.
+
+        Raises:
+            UserError: `config.vocab_size` is None.
+        """
+        super().__init__()
+        self.config = config
+        # Built on meta first: torch's own default initialisation would be paid for and thrown away.
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(config.known_vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.lm_head: nn.Linear | None = None
+            if not config.tie_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, config.known_vocab_size, bias=False)
+            self.to(dtype)
+            self.reset_rope("meta")
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.init_weights(seed)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The head's weight, [V, D]: the token embedding when tied."""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def reset_rope(self, device: torch.device | str) -> None:
+        """Compute the rotary tables `cos` and `sin`, [max_sequence_length, Dh / 2], on `device`."""
+        cos, sin = rope_tables(self.config, device)
+        dtype = self.embedding.weight.dtype
+        self.register_buffer("cos", cos.to(dtype), persistent=False)
+        self.register_buffer("sin", sin.to(dtype), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | torch.Generator = 0) -> None:
+        """Draw all weights: normal(0, init_std), norms 1.
+
+        The two projections that write to the residual stream get `init_std / sqrt(2 * num_layers)`, so that the
+        stream's variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
+
+        Args:
+            seed: the same seed on the same device type gives the same weights; or a generator on the
+                parameters' device.
+        """
+        device = self.embedding.weight.device
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                writes_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+                std = residual_std if writes_residual else self.config.init_std
+                parameter.normal_(0.0, std, generator=generator)
+        self.reset_rope(device)
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Final normalised hidden states.
+
+        Args:
+            tokens: [B, T] int64 token ids.
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            UserError: T is greater than `max_sequence_length`.
+        """
+        length = tokens.shape[1]
+        if length > self.config.max_sequence_length:
+            raise UserError(
+                f"sequence_length: {length} tokens is more than the model's max_sequence_length"
+                f" {self.config.max_sequence_length}; shorten the sequences or raise max_sequence_length"
+            )
+        cos, sin = self.cos[:length], self.sin[:length]
+        hidden = self.embedding(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin)
+        return self.norm(hidden)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the loss when the targets are given.
+
+        Args:
+            tokens: [B, T] int64 token ids.
+            targets: [B, T] int64, the token that should follow each position (already shifted); -100 is left
+                out of the loss.
+
+        Returns:
+            Without targets the logits [B, T, V]; with them the mean cross entropy in nats over the targets that
+            are not -100, a scalar, computed without ever holding the logits of more than one chunk.
+
+        Raises:
+            UserError: T is greater than `max_sequence_length`.
+        """
+        hidden = self.hidden_states(tokens)
+        if targets is None:
+            return F.linear(hidden, self.output_weight)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
+
+
+def rope_tables(config: LlamaConfig, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, float32 [max_sequence_length, Dh / 2] each.
+
+    Llama 3 scaling follows `apply_scaling` of Meta's reference implementation (see `RopeScaling`).
+    """
+    size = config.head_dim
+    frequency = 1.0 / (config.rope_theta ** (torch.arange(0, size, 2, device=device, dtype=torch.float32) / size))
+    scaling = config.rope_scaling
+    if scaling is not None:
+        turns = scaling.original_max_position * frequency / (2 * math.pi)
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequency = (1 - keep) * frequency / scaling.factor + keep * frequency
+    position = torch.arange(config.max_sequence_length, device=device, dtype=torch.float32)
+    angle = position[:, None] * frequency
+    return angle.cos(), angle.sin()
