@@ -1,0 +1,1 @@
+"""The subcommands of `modelmill`, one file a concern. Heavy imports stand inside the functions."""

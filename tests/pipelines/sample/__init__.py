@@ -1,0 +1,1 @@
+"""A pipeline of three trivial steps that behave, or misbehave, as the recipe asks."""

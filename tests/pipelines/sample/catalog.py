@@ -1,0 +1,14 @@
+"""The catalog the tests point MODELMILL_CATALOG at."""
+
+from pathlib import Path
+
+from modelmill.pipelines.catalog import Catalog, Pipeline
+
+_HERE = "tests.pipelines.sample"
+CATALOG = Catalog(
+    pipelines={
+        name: Pipeline(recipe=f"{_HERE}.steps:SampleRecipe", dag=f"{_HERE}.pipelines:{name}")
+        for name in ("sample", "unimportable")
+    },
+    recipes=Path(__file__).parent / "recipes",
+)

@@ -1,0 +1,22 @@
+"""The sample DAGs."""
+
+from kfp import dsl
+
+from tests.pipelines.sample import component
+from tests.pipelines.sample import unimportable as elsewhere
+
+
+@dsl.pipeline(name="sample")
+def sample(write_words: str, count_words: str, announce: str) -> None:
+    """Write, count, announce."""
+    words = component.write_words(section=write_words).outputs["manifest"]
+    count = component.count_words(section=count_words, words=words).outputs["manifest"]
+    component.announce(section=announce, count=count)
+
+
+@dsl.pipeline(name="unimportable")
+def unimportable(write_words: str, count_words: str, announce: str) -> None:
+    """The same with a step whose module cannot be imported."""
+    words = component.write_words(section=write_words).outputs["manifest"]
+    count = elsewhere.count_words(section=count_words, words=words).outputs["manifest"]
+    component.announce(section=announce, count=count)
