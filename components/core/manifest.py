@@ -54,7 +54,8 @@ class Manifest(BaseModel):
     next step needs. `step`, `key`, `code`, `recipe` and `created` say where it came from and do not enter `digest`.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    # A diverged loss is a number worth reading back; pydantic would write it as null.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     schema_version: int = SCHEMA_VERSION
     kind: str
