@@ -51,7 +51,7 @@ class InstalledDocsSource(Section):
 
     type: Literal["installed-docs"]
     distributions: list[str] = Field(
-        list(DOCUMENTED_DISTRIBUTIONS),
+        default=list(DOCUMENTED_DISTRIBUTIONS),
         min_length=1,
         description="Distributions to read; they share a cap evenly. Never modelmill itself.",
     )
@@ -85,9 +85,11 @@ class FilesSource(Section):
 
     type: Literal["files"]
     paths: list[str] = Field(min_length=1, description="Files or folders, relative to the working directory.")
-    text_field: str = Field("text", min_length=1, description="Field (jsonl) or column (parquet) with the text.")
+    text_field: str = Field(
+        default="text", min_length=1, description="Field (jsonl) or column (parquet) with the text."
+    )
     separator: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Text between documents inside a txt or md file; null makes each file one document.",
     )
@@ -107,10 +109,10 @@ class HuggingFaceSource(Section):
 
     type: Literal["huggingface"]
     name: str = Field(min_length=1, description="Dataset on the Hub, or a local dataset folder.")
-    config: str | None = Field(None, description="Configuration of the dataset; null takes its default one.")
-    split: str = Field("train", min_length=1, description="Split to read.")
-    revision: str | None = Field(None, description="Commit, tag or branch; a commit makes the run repeatable.")
-    text_field: str = Field("text", min_length=1, description="Column with the text.")
+    config: str | None = Field(default=None, description="Configuration of the dataset; null takes its default one.")
+    split: str = Field(default="train", min_length=1, description="Split to read.")
+    revision: str | None = Field(default=None, description="Commit, tag or branch; a commit makes the run repeatable.")
+    text_field: str = Field(default="text", min_length=1, description="Column with the text.")
 
     @property
     def label(self) -> str:
@@ -128,11 +130,15 @@ class S3Source(Section):
     type: Literal["s3"]
     uri: str = Field(description="s3://bucket/prefix or s3://bucket/key.")
     endpoint_url: str | None = Field(
-        None, pattern=r"^https?://[^@\s]+$", description="Endpoint of an S3-compatible store; null means AWS."
+        default=None, pattern=r"^https?://[^@\s]+$", description="Endpoint of an S3-compatible store; null means AWS."
     )
-    text_field: str = Field("text", min_length=1, description="Field (jsonl) or column (parquet) with the text.")
+    text_field: str = Field(
+        default="text", min_length=1, description="Field (jsonl) or column (parquet) with the text."
+    )
     separator: str | None = Field(
-        None, min_length=1, description="Text between documents inside a txt or md object; null: one document each."
+        default=None,
+        min_length=1,
+        description="Text between documents inside a txt or md object; null: one document each.",
     )
 
     @property
@@ -159,14 +165,18 @@ class QualityConfig(Section):
     binary data, separators and boilerplate (compare Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
     """
 
-    min_mean_line_length: float = Field(4.0, ge=0, description="Mean characters of a non-blank line, at least.")
-    min_letter_share: float = Field(0.4, ge=0, le=1, description="Letters and marks among visible characters.")
-    max_symbol_share: float = Field(
-        0.5, ge=0, le=1, description="Visible characters that are neither letters nor digits."
+    min_mean_line_length: float = Field(
+        default=4.0, ge=0, description="Mean characters of a non-blank line, at least."
     )
-    max_repeated_line_share: float = Field(0.7, ge=0, le=1, description="Characters in lines that occurred before.")
+    min_letter_share: float = Field(default=0.4, ge=0, le=1, description="Letters and marks among visible characters.")
+    max_symbol_share: float = Field(
+        default=0.5, ge=0, le=1, description="Visible characters that are neither letters nor digits."
+    )
+    max_repeated_line_share: float = Field(
+        default=0.7, ge=0, le=1, description="Characters in lines that occurred before."
+    )
     max_control_share: float = Field(
-        0.01, ge=0, le=1, description="Control and replacement characters in the text as read."
+        default=0.01, ge=0, le=1, description="Control and replacement characters in the text as read."
     )
 
 
@@ -174,15 +184,21 @@ class CorpusConfig(Section):
     """Which text, what of it is kept, and how it is split."""
 
     source: list[Source] = Field(min_length=1, description="One source or several; they share `max_bytes` evenly.")
-    max_bytes: int | None = Field(None, ge=1, description="Cap on the kept text (UTF-8 bytes); null keeps everything.")
-    min_document_length: int = Field(100, ge=1, description="Shorter documents (characters) are dropped.")
-    max_document_length: int = Field(
-        10_000_000, ge=1, description="Longer documents (characters as read) are dropped."
+    max_bytes: int | None = Field(
+        default=None, ge=1, description="Cap on the kept text (UTF-8 bytes); null keeps everything."
     )
-    quality: QualityConfig = Field(default_factory=QualityConfig)
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="Share of documents held out for validation.")
-    test_fraction: float = Field(0.05, gt=0, lt=1, description="Share of documents held out for the final test.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Salt of the split; another seed gives another split.")
+    min_document_length: int = Field(default=100, ge=1, description="Shorter documents (characters) are dropped.")
+    max_document_length: int = Field(
+        default=10_000_000, ge=1, description="Longer documents (characters as read) are dropped."
+    )
+    quality: QualityConfig = QualityConfig()
+    validation_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="Share of documents held out for validation."
+    )
+    test_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="Share of documents held out for the final test."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Salt of the split; another seed gives another split.")
 
     @field_validator("source", mode="before")
     @classmethod
@@ -213,20 +229,28 @@ class CorpusConfig(Section):
 class TokenizerConfig(Section):
     """Train a byte-level BPE tokenizer on the training split, or load an existing one."""
 
-    kind: Literal["train", "load"] = Field("train", description="`train` a byte-level BPE, or `load` from `path`.")
-    path: str | None = Field(
-        None, description="For `load`: a tokenizer folder, a tokenizer.json or a SentencePiece .model file."
+    kind: Literal["train", "load"] = Field(
+        default="train", description="`train` a byte-level BPE, or `load` from `path`."
     )
-    vocab_size: int = Field(32_000, ge=259, description="For `train`: entries, special tokens and 256 bytes included.")
-    min_frequency: int = Field(2, ge=1, description="For `train`: a merge must occur at least so often.")
+    path: str | None = Field(
+        default=None, description="For `load`: a tokenizer folder, a tokenizer.json or a SentencePiece .model file."
+    )
+    vocab_size: int = Field(
+        default=32_000, ge=259, description="For `train`: entries, special tokens and 256 bytes included."
+    )
+    min_frequency: int = Field(default=2, ge=1, description="For `train`: a merge must occur at least so often.")
     bos_token: str | None = Field(
-        None, min_length=1, description="Start of text; null: <|begin_of_text|>, or what a loaded tokenizer declares."
+        default=None,
+        min_length=1,
+        description="Start of text; null: <|begin_of_text|>, or what a loaded tokenizer declares.",
     )
     eos_token: str | None = Field(
-        None, min_length=1, description="End of a document; null: <|end_of_text|>, or what a loaded one declares."
+        default=None,
+        min_length=1,
+        description="End of a document; null: <|end_of_text|>, or what a loaded one declares.",
     )
     pad_token: str | None = Field(
-        None, min_length=1, description="Padding; null: <|pad|>, or what a loaded tokenizer declares."
+        default=None, min_length=1, description="Padding; null: <|pad|>, or what a loaded tokenizer declares."
     )
 
     @model_validator(mode="after")
@@ -256,4 +280,4 @@ class TokenizerConfig(Section):
 class PackingConfig(Section):
     """How documents become rows of a fixed number of tokens."""
 
-    sequence_length: int = Field(2048, ge=1, description="Tokens a row predicts; a row stores one more.")
+    sequence_length: int = Field(default=2048, ge=1, description="Tokens a row predicts; a row stores one more.")
