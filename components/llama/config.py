@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.recipe import Section
+from modelmill.components.training.config import TrainingConfig
 
 
 class RopeScaling(BaseModel):
@@ -216,6 +218,13 @@ class LlamaConfig(BaseModel):
                 f" {read.head_dim}, the only head size implemented; use another checkpoint"
             )
         return read
+
+
+class PretrainConfig(Section):
+    """Section of the pretraining step."""
+
+    model: LlamaConfig = Field(description="Architecture.")
+    training: TrainingConfig = Field(description="Batch, layout, optimizer, schedule.")
 
 
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {

@@ -1,0 +1,164 @@
+"""Pretraining: the step, and what each of its training processes does.
+
+The step's own process stays without torch: it checks the run, has a launcher start this module once a rank, and
+turns the result record into the artifact. `python -m modelmill.components.llama.pretrain JOB.json` is a rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelmill.components.core import tracking
+from modelmill.components.core.manifest import Manifest, canonical_json
+from modelmill.components.core.step import StepResult, step_options
+from modelmill.components.llama.config import LlamaConfig, PretrainConfig
+from modelmill.components.training.config import TrainingConfig, check_run
+from modelmill.components.training.launch import (
+    LAUNCHED_VARIABLE,
+    Launcher,
+    LocalLauncher,
+    TrainingJob,
+    TrainingResult,
+)
+from modelmill.components.training.worker import RankContext, run_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MODULE = "modelmill.components.llama.pretrain"
+HISTORY = "history.jsonl"
+logger = logging.getLogger("modelmill")
+
+
+@step_options(resumable=True)
+def pretrain(
+    config: PretrainConfig, output: Path, *, tokenizer: Manifest, tokens: Manifest, launcher: Launcher | None = None
+) -> StepResult:
+    """Train a Llama decoder from random weights on packed tokens.
+
+    Writes `model/` (a Hugging Face folder with the tokenizer) and `history.jsonl`. Checkpoints lie beside `output`,
+    and a second call goes on from the newest.
+
+    Args:
+        config: model and training.
+        output: the artifact's folder.
+        tokenizer: whose files go beside the weights.
+        tokens: packed rows of the train and validation splits.
+        launcher: where the training processes run; default this machine.
+
+    Raises:
+        UserError: model, training, data and machine do not fit together, or training diverged.
+        TrainingStoppedError: it was told to stop.
+        RankFailedError: a training process crashed.
+    """
+    training, place = config.training, launcher or LocalLauncher()
+    model = config.model.model_copy(update={"vocab_size": check_run(config.model, training, tokens)})
+    place.check(training)
+    shutil.rmtree(output / "model", ignore_errors=True)  # an export that was cut off
+    for split in ("train", "validation"):
+        tokens.path(f"{split}.bin")  # verified once here; the ranks find it verified
+    summary = _describe(model, training, tokens)
+    logger.info("%s", ", ".join(f"{name} {value:,}" for name, value in summary.items()))
+    tracking.log_params(summary)
+    job = TrainingJob(
+        module=MODULE,
+        spec={
+            "model": model.model_dump(mode="json"),
+            "tokens": tokens.model_dump(mode="json"),
+            "tokenizer": str(tokenizer.folder().absolute()),
+            "output": str(output.absolute()),
+        },
+        training=training,
+        scratch=output.parent.absolute(),
+    )
+    result = place.launch(job)
+    metadata = {**result.metadata, "dataset_digest": tokens.digest, "tokenizer_digest": tokenizer.digest}
+    return StepResult(kind="model", counts=result.counts, metrics=result.metrics, metadata=metadata)
+
+
+def _describe(model: LlamaConfig, training: TrainingConfig, tokens: Manifest) -> dict[str, int]:
+    """The run in figures, as people ask for them before it starts."""
+    length = tokens.counts["sequence_length"]
+    tokens_per_step = training.global_batch_size * length
+    return {
+        "parameters": model.num_parameters(),
+        "vocab_size": model.known_vocab_size,
+        "steps": training.steps,
+        "tokens_per_step": tokens_per_step,
+        "training_tokens": training.steps * tokens_per_step,
+        "dataset_tokens": tokens.counts["train_tokens"],
+        "world_size": training.parallel.world_size,
+        "data_parallel": training.parallel.data_degree,
+        "accumulation_steps": training.accumulation_steps,
+    }
+
+
+def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """Mean cross entropy of predicting every token of rows [b, T + 1] from those before it, a scalar in nats."""
+    return model(rows[:, :-1], rows[:, 1:])
+
+
+def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig) -> TrainingResult:
+    """What one rank does: build, train, and on rank 0 export."""
+    from modelmill.components.data.loader import BatchSource, open_rows
+    from modelmill.components.llama.huggingface import export_huggingface, weights_digest
+    from modelmill.components.llama.model import LlamaDecoder
+    from modelmill.components.training.checkpoint import Checkpoints
+    from modelmill.components.training.estimate import peak_flops
+    from modelmill.components.training.journal import Journal
+    from modelmill.components.training.loop import TrainingData, TrainingLoop
+
+    config, tokens = LlamaConfig.model_validate(spec["model"]), Manifest.model_validate(spec["tokens"])
+    output, history = Path(spec["output"]), ranks.scratch / HISTORY
+    model = LlamaDecoder(config, device=ranks.device, seed=training.seed)
+    batches = BatchSource(open_rows(tokens, "train"), training.seed, training.global_batch_size)
+    loop = TrainingLoop(
+        model=model,
+        objective=next_token_loss,
+        data=TrainingData(batches, open_rows(tokens, "validation")),
+        config=training,
+        ranks=ranks,
+        checkpoints=Checkpoints(
+            ranks.scratch / "checkpoints",
+            digest=_digest([spec["model"], training.deciding(), tokens.digest]),
+            keep=training.keep_checkpoints,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        ),
+        journal=Journal(history, training.steps, enabled=ranks.is_main),
+        flops_per_token=config.flops_per_token(tokens.counts["sequence_length"]),
+        peak_flops=peak_flops(ranks.accelerator.device_name(), training.precision),
+    )
+    start = time.time() - float(os.environ[LAUNCHED_VARIABLE])
+    metrics = {"start_seconds": start, **loop.run()}
+    counts = {
+        "parameters": config.num_parameters(),
+        "steps": loop.progress.step,
+        "tokens": loop.progress.tokens,
+        "world_size": ranks.world_size,
+    }
+    if not ranks.is_main:
+        return TrainingResult(counts=counts, metrics=metrics)
+    began = time.perf_counter()
+    export_huggingface(model, output / "model", tokenizer_folder=spec["tokenizer"])
+    shutil.copyfile(history, output / HISTORY)
+    metrics["export_seconds"] = time.perf_counter() - began
+    return TrainingResult(
+        counts=counts, metrics=metrics, metadata={"weights_digest": weights_digest(output / "model")}
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(train, sys.argv))

@@ -1,0 +1,245 @@
+"""The `training` section of a recipe: batch, layout, optimizer, schedule, precision, checkpoints. Torch-free.
+
+The published settings these defaults follow are those of the Llama 2 pretraining on Trainium described by AWS
+(4096 cores, Llama 2 7B) and of Llama 2 itself (Touvron et al. 2023, arXiv:2307.09288, section 2.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.recipe import Section
+
+Precision = Literal["fp32", "bf16-mixed", "bf16-stochastic"]
+AcceleratorName = Literal["auto", "cpu", "cuda", "neuron"]
+
+
+class ParallelConfig(Section):
+    """How the processes share the work. `tensor x pipeline x data = nodes x processes_per_node`."""
+
+    nodes: PositiveInt = Field(1, description="Machines.")
+    processes_per_node: PositiveInt = Field(2, description="Processes on each machine, one a device.")
+    tensor: PositiveInt = Field(1, description="Processes that share every layer's matrices.")
+    pipeline: PositiveInt = Field(1, description="Stages the layers are split into.")
+    data: PositiveInt | None = Field(
+        None, description="Copies of the model, each with its own part of a batch; left out, what the rest leaves."
+    )
+
+    @model_validator(mode="after")
+    def _degrees_make_the_world(self) -> Self:
+        model, world = self.tensor * self.pipeline, self.world_size
+        if world % model:
+            raise ValueError(
+                f"tensor {self.tensor} x pipeline {self.pipeline} = {model} does not divide"
+                f" nodes {self.nodes} x processes_per_node {self.processes_per_node} = {world} processes;"
+                f" use degrees whose product is one of {_joined(divisors(world))}"
+            )
+        if self.data is not None and self.data * model != world:
+            raise ValueError(
+                f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data} = {model * self.data} is not"
+                f" nodes {self.nodes} x processes_per_node {self.processes_per_node} = {world} processes;"
+                f" set data to {world // model} or leave it out"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines together."""
+        return self.nodes * self.processes_per_node
+
+    @property
+    def data_degree(self) -> int:
+        """Copies of the model that see different data; gradients are averaged over these."""
+        return self.data or self.world_size // (self.tensor * self.pipeline)
+
+
+class TrainingConfig(Section):
+    """Everything about training that is not the model or the data."""
+
+    steps: PositiveInt = Field(description="Optimizer steps.")
+    global_batch_size: PositiveInt = Field(description="Sequences in one optimizer step, over all processes.")
+    micro_batch_size: PositiveInt = Field(
+        description="Sequences one process runs at once; memory grows with it, the result does not depend on it."
+    )
+    parallel: ParallelConfig = Field(ParallelConfig(), description="How the processes share the work.")
+
+    learning_rate: PositiveFloat = Field(3e-4, description="Highest learning rate, reached after warmup.")
+    min_learning_rate: NonNegativeFloat = Field(3e-5, description="Learning rate after the decay.")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="Shape of the decay.")
+    warmup_steps: NonNegativeInt = Field(0, description="Steps of linear growth from zero.")
+    constant_steps: NonNegativeInt = Field(
+        0, description="Steps at the highest rate between warmup and decay (warmup-stable-decay when large)."
+    )
+    decay_steps: NonNegativeInt | None = Field(
+        None, description="Steps from the highest rate to the lowest; left out, all steps that remain."
+    )
+
+    weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay of AdamW.")
+    decay_norm_weights: bool = Field(
+        False, description="Whether the vectors (norm weights, biases) are decayed too, not only matrices."
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of the two gradient moments.")
+    eps: PositiveFloat = Field(1e-5, description="AdamW's term that keeps the division finite.")
+    clip_norm: PositiveFloat | None = Field(
+        1.0, description="Largest norm of the whole gradient; a larger one is scaled down. null: never."
+    )
+
+    precision: Precision = Field(
+        "fp32",
+        description="fp32; bf16-mixed (bf16 products, fp32 weights and sums); bf16-stochastic (bf16 weights with "
+        "stochastic rounding: Trainium only).",
+    )
+    accelerator: AcceleratorName = Field("auto", description="auto: the best one with a device for every process.")
+    deterministic: bool = Field(
+        True, description="Only kernels that give the same bits every time; slower on a GPU, free on a CPU."
+    )
+    threads_per_process: PositiveInt | None = Field(
+        None, description="CPU threads of each process; left out, the cores shared out."
+    )
+    seed: NonNegativeInt = Field(0, description="Decides the first weights and the order of the data.")
+
+    log_every: PositiveInt = Field(10, description="Steps between two logged losses.")
+    validate_every: PositiveInt | None = Field(
+        100, description="Steps between two validations; null: only after the last step."
+    )
+    validation_rows: NonNegativeInt = Field(
+        256, description="Rows of the validation split a validation reads, at most; 0: no validation."
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        200, description="Steps between two checkpoints; null: only when the run is stopped."
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints that stay on disk.")
+
+    @model_validator(mode="after")
+    def _batch_is_whole(self) -> Self:
+        data, micro = self.parallel.data_degree, self.micro_batch_size
+        if self.global_batch_size % (data * micro):
+            below = self.global_batch_size // (data * micro) * data * micro
+            choices = [size for size in (below, below + data * micro) if size]
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of data-parallel degree {data}"
+                f" x micro_batch_size {micro} = {data * micro}; use a global_batch_size of {_joined(choices)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate};"
+                f" use a value from 0 to {self.learning_rate}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; use 0 to {self.steps}"
+            )
+        used = self.warmup_steps + self.constant_steps + (self.decay_steps or 0)
+        if used > self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} + constant_steps {self.constant_steps}"
+                f" + decay_steps {self.decay_steps or 0} = {used} is more than steps {self.steps};"
+                f" lower one of them or raise steps to {used}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _betas_are_fractions(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must both be at least 0 and below 1; use [0.9, 0.95]")
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches each process adds up before an optimizer step."""
+        return self.global_batch_size // (self.parallel.data_degree * self.micro_batch_size)
+
+    @property
+    def decay_length(self) -> int:
+        """Steps of decay, given or what warmup and constant steps leave."""
+        rest = self.steps - self.warmup_steps - self.constant_steps
+        return rest if self.decay_steps is None else self.decay_steps
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide the weights, and so what a checkpoint may be continued with.
+
+        The number of processes does not: a checkpoint goes on with another layout on the same trajectory.
+        """
+        return self.model_dump(mode="json", exclude=_NOT_DECIDING)
+
+
+_NOT_DECIDING = {
+    "micro_batch_size",
+    "parallel",
+    "accelerator",
+    "threads_per_process",
+    "log_every",
+    "validate_every",
+    "validation_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
+
+
+class ModelLimits(Protocol):
+    """What `check_run` needs to know about a model; `LlamaConfig` has it."""
+
+    @property
+    def vocab_size(self) -> int | None: ...
+
+    @property
+    def max_sequence_length(self) -> int: ...
+
+
+def check_run(model: ModelLimits, training: TrainingConfig, tokens: Manifest) -> int:
+    """Check model, training and data against each other, before any process starts.
+
+    Args:
+        model: the model's sizes; a `vocab_size` of None is taken from the tokens, a larger one than the
+            tokenizer's is allowed (padding to a multiple that the hardware likes).
+        training: the training section.
+        tokens: manifest of the packed tokens.
+
+    Returns:
+        The model's vocabulary size.
+
+    Raises:
+        UserError: they do not fit; one line names the field, its value and what would do.
+    """
+    counts = tokens.counts
+    vocab_size, length = counts["vocab_size"], counts["sequence_length"]
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size: {model.vocab_size} is less than the tokenizer's {vocab_size} tokens;"
+            f" use {vocab_size} or more, or leave it out"
+        )
+    if length > model.max_sequence_length:
+        raise UserError(
+            f"packing.sequence_length: {length} is more than model.max_sequence_length {model.max_sequence_length};"
+            " shorten the one or raise the other"
+        )
+    rows = counts["train_rows"]
+    if rows < training.global_batch_size:
+        raise UserError(
+            f"training.global_batch_size: {training.global_batch_size} sequences are more than the {rows} rows of"
+            f" the training split; use at most {rows}, a shorter packing.sequence_length or a larger corpus"
+        )
+    if training.validation_rows and not counts["validation_rows"]:
+        raise UserError(
+            f"training.validation_rows: {training.validation_rows} rows are asked for and the validation split has"
+            " none; use a larger corpus or set training.validation_rows to 0"
+        )
+    return model.vocab_size or vocab_size
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors of a positive integer in rising order."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def _joined(values: list[int]) -> str:
+    return " or ".join(str(value) for value in values) if len(values) < 3 else ", ".join(str(v) for v in values)

@@ -1,0 +1,191 @@
+"""Memory, FLOPs and time of a training run, worked out before it starts. Torch-free arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from modelmill.components.training.config import Precision, TrainingConfig
+
+_GIB = 2**30
+
+# Dense peaks in FLOP/s of one device by (bf16, fp32), and its memory in GiB. Sparsity is never counted.
+# H100 SXM and H200: NVIDIA data sheets (bf16 1,979 with sparsity; fp32 outside the tensor cores 67).
+# A100: NVIDIA data sheet. B200: NVIDIA HGX B200 data sheet (4.5 PFLOP/s bf16 with sparsity, 75 TFLOP/s fp32 a GPU).
+# trn1: AWS instance page, 3,040 TFLOP/s bf16 and 760 fp32 for 32 cores. trn2: 20.8 PFLOP/s of 16 chips are fp8;
+# bf16 is 667 and fp32 181 a chip of 8 cores, 96 GiB (AWS Neuron documentation, Trainium2 architecture).
+_DEVICES: dict[str, tuple[float, float, float]] = {
+    "h100": (989.4e12, 66.9e12, 80),
+    "h200": (989.4e12, 66.9e12, 141),
+    "b200": (2250e12, 75e12, 180),
+    "a100": (312e12, 19.5e12, 40),
+    "a100-80gb": (312e12, 19.5e12, 80),
+    "trn1-core": (95e12, 23.75e12, 16),
+    "trn2-core": (83.4e12, 22.6e12, 12),
+}
+
+# Bytes a parameter: weight, gradient, and the two moments of AdamW. Mixed precision keeps everything in fp32 and
+# casts weights as it goes; with stochastic rounding everything is bf16, moments included.
+_BYTES: dict[Precision, tuple[int, int, int]] = {
+    "fp32": (4, 4, 8),
+    "bf16-mixed": (4, 4, 8),
+    "bf16-stochastic": (2, 2, 4),
+}
+
+
+class DecoderSizes(Protocol):
+    """What the estimates read of a model's configuration; `LlamaConfig` has it."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def known_vocab_size(self) -> int: ...
+    def num_parameters(self) -> int: ...
+    def flops_per_token(self, sequence_length: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes one device holds at the height of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def gib(self) -> float:
+        """Total in GiB, as devices are sold."""
+        return self.total / _GIB
+
+
+def estimate_memory(model: DecoderSizes, training: TrainingConfig, sequence_length: int) -> MemoryEstimate:
+    """Memory of one device.
+
+    Weights, gradients and the two AdamW moments are parameters x bytes (fp32 and bf16-mixed 4 + 4 + 8,
+    bf16-stochastic 2 + 2 + 4), divided by tensor x pipeline and whole on every data-parallel copy. Their bytes are
+    exact but for one step counter a parameter tensor. Activations: see `activation_bytes`. Left out: the allocator's
+    fragmentation, the device's own context, collective buffers, and what a kernel needs while it runs.
+
+    Args:
+        model: with `vocab_size` known.
+        training: precision, micro-batch and degrees.
+        sequence_length: tokens of a row.
+    """
+    parallel = training.parallel
+    parameters = model.num_parameters() / (parallel.tensor * parallel.pipeline)
+    weight, gradient, moments = _BYTES[training.precision]
+    return MemoryEstimate(
+        weights=int(parameters * weight),
+        gradients=int(parameters * gradient),
+        optimizer=int(parameters * moments),
+        activations=activation_bytes(model, training, sequence_length),
+    )
+
+
+def activation_bytes(model: DecoderSizes, training: TrainingConfig, sequence_length: int) -> int:
+    """Bytes kept from the forward for the backward pass of one micro-batch, nothing checkpointed.
+
+    With D hidden, I intermediate, H and K heads and key-value heads of size Dh, for each token and layer:
+
+        fp32 on a CPU    4 x (3 D + (H + 2 K) Dh + 2 I + H + 2), norms and SwiGLU recomputed
+        fp32 elsewhere   the same + 4 x 2 D, norms kept
+        bf16             4 x (2 D + H + 2) + 2 x (3 D + (H + 2 K) Dh + 4 I), a residual stream in fp32
+                         (with stochastic rounding in bf16)
+
+    and once: the last hidden state (2 x 4 D a token), its gradient, and the head's weight gradient [V, D] in fp32,
+    which the chunked loss makes in the forward pass. bf16-mixed adds a bf16 copy of the weights. Attention is
+    the memory-efficient kind: no T x T scores. Tensor parallelism divides all of it (with sequence
+    parallelism); a pipeline of P stages holds L / P layers of P micro-batches at once.
+    """
+    parallel, precision = training.parallel, training.precision
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    if precision == "fp32":
+        on_cpu = training.accelerator in ("auto", "cpu")
+        layer = 4 * (3 * hidden + heads + 2 * inner + model.num_heads + 2 + (0 if on_cpu else 2 * hidden))
+        cast = 0.0
+    else:
+        stream = 4 if precision == "bf16-mixed" else 2
+        layer = stream * 2 * hidden + 4 * (model.num_heads + 2) + 2 * (3 * hidden + heads + 4 * inner)
+        cast = 2 * model.num_parameters() / parallel.pipeline if precision == "bf16-mixed" else 0.0
+    tokens = training.micro_batch_size * sequence_length
+    in_flight = min(parallel.pipeline, training.accumulation_steps)
+    layers = tokens * layer * model.num_layers / parallel.pipeline * in_flight
+    head = 4 * hidden * (3 * tokens + model.known_vocab_size)
+    return int((layers + head + cast) / parallel.tensor)
+
+
+def training_flops(model: DecoderSizes, training: TrainingConfig, sequence_length: int) -> int:
+    """Floating-point operations of the whole run, forward and backward (see `LlamaConfig.flops_per_token`)."""
+    tokens = training.steps * training.global_batch_size * sequence_length
+    return tokens * model.flops_per_token(sequence_length)
+
+
+def training_seconds(flops: float, devices: int, peak: float, mfu: float) -> float:
+    """Seconds of training at a given utilisation: `flops / (devices x peak x mfu)`.
+
+    Args:
+        flops: of the whole run.
+        devices: that share it.
+        peak: FLOP/s of one device, from `peak_flops` or a measured matrix product.
+        mfu: model FLOPs utilisation in (0, 1]; 0.3 to 0.5 is usual on GPUs for dense decoders.
+
+    Raises:
+        ValueError: `mfu` is outside (0, 1], or another argument is not positive.
+    """
+    if not 0 < mfu <= 1 or min(flops, devices, peak) <= 0:
+        raise ValueError(f"flops {flops}, devices {devices} and peak {peak} must be positive and mfu {mfu} in (0, 1]")
+    return flops / (devices * peak * mfu)
+
+
+def known_devices() -> list[str]:
+    """Names `peak_flops` and `device_gib` know."""
+    return sorted(_DEVICES)
+
+
+def peak_flops(device: str, precision: Precision) -> float | None:
+    """Dense peak FLOP/s of one device for the precision's matrix products.
+
+    Args:
+        device: one of `known_devices`, or what torch calls the device (`NVIDIA H100 80GB HBM3`).
+        precision: of the run.
+
+    Returns:
+        None when the device is not in the table (a CPU never is: measure it).
+    """
+    entry = _entry(device)
+    if entry is None:
+        return None
+    return entry[1] if precision == "fp32" else entry[0]
+
+
+def device_gib(device: str) -> float | None:
+    """Memory of one device in GiB, or None when it is not in the table."""
+    entry = _entry(device)
+    return entry[2] if entry else None
+
+
+def _entry(device: str) -> tuple[float, float, float] | None:
+    name = device.lower()
+    if name in _DEVICES:
+        return _DEVICES[name]
+    found = next((key for key in ("h100", "h200", "b200", "a100") if key in name), None)
+    if found == "a100" and "80gb" in name:
+        found = "a100-80gb"
+    # PCIe and NVL boards of these GPUs have other peaks; better no figure than a wrong one.
+    return None if found is None or "pcie" in name or "nvl" in name or "gb200" in name else _DEVICES[found]

@@ -1,0 +1,267 @@
+"""Where a training job runs. The step says what: a module, its spec, processes; a launcher says where.
+
+Every launcher returns the same `TrainingResult`, written by rank 0. The local one starts torchrun as a child of
+the step; launchers for a cluster submit the same job elsewhere. Torch-free: the step's own process needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.processes import PARENT_VARIABLE, available_cores, describe_exit
+
+LAUNCHED_VARIABLE = "MODELMILL_LAUNCHED"  # when the launcher began, seconds since the epoch
+STOPPED_EXIT = 75  # a rank that was told to stop and saved its checkpoint (EX_TEMPFAIL: try again)
+_BOOTSTRAP = "modelmill.components.training.torchrun"
+_LAST_LINES = 15
+logger = logging.getLogger("modelmill")
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What to run.
+
+    Attributes:
+        module: run with `python -m` in every process, its only argument the path of the job file.
+        spec: what the module needs, as JSON.
+        training: layout, threads, precision and accelerator are read from it.
+        scratch: folder for the job file, logs and the result; it survives a failed attempt.
+    """
+
+    module: str
+    spec: Mapping[str, Any]
+    training: TrainingConfig
+    scratch: Path
+
+
+class TrainingResult(BaseModel):
+    """What rank 0 reports when training is done.
+
+    `counts`, `metrics` and `metadata` become those of the artifact, see `Manifest`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    counts: dict[str, int] = {}
+    metrics: dict[str, float] = {}
+    metadata: dict[str, Any] = {}
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training was told to stop (SIGTERM, SIGINT) and kept its checkpoint."""
+
+
+class RankFailedError(RuntimeError):
+    """A training process crashed or was killed; the message says which, how, and its last words."""
+
+
+class Launcher(Protocol):
+    """A place where training jobs run."""
+
+    def check(self, training: TrainingConfig) -> None:
+        """Refuse what this place cannot do, before anything starts.
+
+        Raises:
+            UserError: one line naming the field, its value and what would do.
+        """
+
+    def launch(self, job: TrainingJob) -> TrainingResult:
+        """Run a job to its end.
+
+        Raises:
+            UserError: the user's mistake, as a rank found it.
+            TrainingStoppedError: it was told to stop and can be resumed.
+            RankFailedError: a process crashed.
+        """
+
+
+@dataclass
+class RankFiles:
+    """Names of the files a job's processes and their launcher exchange, below the job's scratch folder."""
+
+    scratch: Path
+    job: Path = field(init=False)
+    result: Path = field(init=False)
+    exits: Path = field(init=False)
+    logs: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.job, self.result = self.scratch / "job.json", self.scratch / "result.json"
+        self.exits, self.logs = self.scratch / "exits.json", self.scratch / "ranks"
+
+    def failure(self, rank: int) -> Path:
+        """Why a rank ended, written by the rank itself."""
+        return self.scratch / f"failure-{rank}.json"
+
+    def clear(self) -> None:
+        """Remove what an earlier attempt left."""
+        for path in (self.result, self.exits, *self.scratch.glob("failure-*.json")):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.logs, ignore_errors=True)
+
+
+class LocalLauncher:
+    """torchrun on this machine, as a child process that never outlives the step.
+
+    SIGTERM and SIGINT are passed on: every rank finishes its step and saves a checkpoint. A second signal, or the
+    end of the grace period, kills. The kernel picks the rendezvous port, so an occupied one is never met.
+    """
+
+    def __init__(self, grace_seconds: int = 15) -> None:
+        self.grace_seconds = grace_seconds
+
+    def check(self, training: TrainingConfig) -> None:
+        parallel = training.parallel
+        if parallel.nodes > 1:
+            raise UserError(
+                f"training.parallel.nodes: {parallel.nodes} machines need a cluster launcher; this run is local: use 1"
+            )
+        for name in ("tensor", "pipeline"):
+            if (degree := getattr(parallel, name)) > 1:
+                raise UserError(
+                    f"training.parallel.{name}: {degree} is not implemented by the local engine, which is"
+                    " data-parallel only; use 1"
+                )
+        if training.precision == "bf16-stochastic":
+            raise UserError(
+                "training.precision: 'bf16-stochastic' needs Trainium's stochastic rounding;"
+                " use fp32 or bf16-mixed on this machine"
+            )
+        if training.accelerator in ("cuda", "neuron"):
+            # Only a named device is worth torch's import here; the ranks choose and check again.
+            from modelmill.components.training.accelerator import select_accelerator
+
+            select_accelerator(training.accelerator, parallel.processes_per_node, training.precision)
+
+    def launch(self, job: TrainingJob) -> TrainingResult:
+        self.check(job.training)
+        files = RankFiles(job.scratch)
+        files.clear()
+        files.job.write_text(json.dumps({"training": job.training.model_dump(mode="json"), **job.spec}))
+        process = subprocess.Popen(
+            self._command(job, files),
+            env=self._environment(job.training),
+            start_new_session=True,  # a signal to our group must reach the ranks once, through us
+        )
+        try:
+            with _forward_signals(process) as received:
+                code = process.wait()
+        finally:
+            if process.poll() is None:  # an exception went through us: the ranks follow torchrun
+                process.kill()
+                process.wait()
+        if code == 0:
+            return TrainingResult.model_validate_json(files.result.read_bytes())
+        raise _failure(files, job.training.parallel.world_size, code, received)
+
+    def _command(self, job: TrainingJob, files: RankFiles) -> list[str]:
+        torchrun = [sys.executable, "-m", _BOOTSTRAP, str(files.exits), str(self.grace_seconds)]
+        rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+        rendezvous += [f"--rdzv-id={os.getpid()}", "--max-restarts=0", "--nnodes=1"]
+        processes = [f"--nproc-per-node={job.training.parallel.processes_per_node}"]
+        # Every rank has its log, and what rank 0 says is shown as well.
+        logs = [f"--log-dir={files.logs}", "--redirects=3", "--tee=0:3"]
+        return [*torchrun, *rendezvous, *processes, *logs, "-m", job.module, str(files.job)]
+
+    def _environment(self, training: TrainingConfig) -> dict[str, str]:
+        processes = training.parallel.processes_per_node
+        # Ranks that each start a thread a core would spend their time waiting for one another.
+        threads = training.threads_per_process or max(1, available_cores() // processes)
+        own = {
+            PARENT_VARIABLE: str(os.getpid()),
+            LAUNCHED_VARIABLE: repr(time.time()),
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "rank ${rank}: ",
+        }
+        defaults = {
+            # Without it gloo resolves the host's name, which fails or waits on a laptop off the network.
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what torch's deterministic mode asks of cuBLAS
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        return {**defaults, **os.environ, **own}
+
+
+@contextmanager
+def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Pass SIGTERM and SIGINT on as SIGTERM, a second one as SIGKILL; yields the signals received."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers; whoever runs us in a thread handles signals
+        return
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failure(files: RankFiles, world_size: int, code: int, received: list[int]) -> Exception:
+    """What to raise for a job that ended badly: the cause, not the ranks that fell over after it."""
+    records = _rank_records(files, world_size)
+    if mistakes := [record for record in records if record["kind"] == "user"]:
+        return UserError(mistakes[0]["message"])
+    stopped = next((record for record in records if record["kind"] == "stopped"), None)
+    if stopped or received:
+        name = signal.Signals(received[0]).name if received else "SIGTERM"
+        what = stopped["message"] if stopped else "before the first step was done"
+        return TrainingStoppedError(f"training was stopped by {name} {what}; run it again to go on")
+    exits = {entry["rank"]: entry["exit_code"] for entry in _read_json(files.exits, [])}
+    # torchrun ends the remaining ranks with SIGTERM; a rank that another signal killed is the cause, otherwise the
+    # one that raised first: the others lost their connection to it.
+    killed = [rank for rank, exit_code in exits.items() if exit_code < 0 and exit_code != -signal.SIGTERM]
+    rank = killed[0] if killed else records[0]["rank"] if records else next(iter(exits), None)
+    if rank is None:
+        return RankFailedError(f"torchrun failed: {describe_exit(code)}; see the lines above")
+    told = next((record["message"] for record in records if record["rank"] == rank), "")
+    how = told or describe_exit(exits.get(rank, code))
+    return RankFailedError(
+        f"rank {rank} of {world_size} failed: {how}; the end of its log:\n{_last_lines(files, rank)}"
+    )
+
+
+def _rank_records(files: RankFiles, world_size: int) -> list[dict[str, Any]]:
+    """What the ranks say about their end, the earliest first."""
+    found = [_read_json(files.failure(rank), None) for rank in range(world_size)]
+    return sorted((record for record in found if record), key=lambda record: record["time"])
+
+
+def _read_json(path: Path, missing: Any) -> Any:
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_bytes())
+    return missing
+
+
+def _last_lines(files: RankFiles, rank: int) -> str:
+    """The end of what a rank wrote: its output, then its errors, where a traceback stands."""
+    lines: list[str] = []
+    for name in ("stdout", "stderr"):
+        for log in files.logs.glob(f"*/attempt_0/{rank}/{name}.log"):
+            lines += log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+    return "\n".join(f"  {line}" for line in lines) or "  (empty)"
