@@ -152,7 +152,7 @@ def _read_plain(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[
             yield (kept + text)[:enough]
             kept = ""
         keep = len(separator) - 1 if separator else 0
-        settled = tail[: len(tail) - keep]
+        settled = tail[: max(0, len(tail) - keep)]
         tail = tail[len(settled) :]
         kept = (kept + settled)[:enough] if len(kept) < enough else kept
     yield (kept + tail)[:enough]
