@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 
 _SQLITE = "sqlite:///"
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
-_CONNECT_SECONDS = 3.0
+_CONNECT_SECONDS = 5.0
 # A server that answers slowly or not at all costs seconds, not the minutes of MLflow's own defaults.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -79,6 +77,12 @@ def connect(uri: str) -> MlflowClient:
 
 def _refuse_dead_server(uri: str) -> None:
     """Fail within seconds when nothing listens, before MLflow is imported and starts to retry."""
+    import socket
+    import ssl
+    import urllib.error
+    import urllib.request
+    from http.client import HTTPException
+
     parts = urlsplit(uri)
     usual_port = _PORTS.get(parts.scheme.partition("+")[0])
     if usual_port is None:
@@ -89,12 +93,20 @@ def _refuse_dead_server(uri: str) -> None:
         host, port = None, 0
     if not host:
         raise UserError(f"MLFLOW_TRACKING_URI: {safe_uri(uri)!r} names no host; write http://host:port")
-    if parts.scheme.startswith("http") and any(os.environ.get(name) for name in _PROXIES):
-        return  # the server may be reachable only through the proxy; MLflow's own bounded retries decide
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+        if parts.scheme in ("http", "https"):
+            urllib.request.urlopen(f"{safe_uri(uri).rstrip('/')}/health", timeout=_CONNECT_SECONDS).close()
+        else:
+            socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # whatever it says, something answers
     except OSError as error:
-        raise StoreUnavailable(f"{host}:{port}: {error.strerror or error}") from None
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return  # MLflow may be configured with a certificate that this probe does not know
+        raise StoreUnavailable(f"{host}:{port}: {getattr(reason, 'strerror', None) or reason}") from None
+    except (ValueError, HTTPException) as error:
+        raise StoreUnavailable(f"{host}:{port} speaks no HTTP: {one_line(error)}") from None
 
 
 @contextmanager

@@ -195,11 +195,11 @@ class RunWriter:
                     raise
                 held = self.client.get_run(target).data.params  # MLflow never changes a parameter
                 changed = sorted(name for name in part if name in held and held[name] != part[name])
-                if not changed:
-                    raise
-                batch.warn(f"parameters keep their first value: {', '.join(changed)}")
-                rest = [Param(name, value) for name, value in part.items() if name not in held]
-                self.client.log_batch(target, params=rest)
+                if changed:
+                    batch.warn(f"parameters keep their first value: {', '.join(changed)}")
+                for name in part.keys() - held.keys():
+                    send = partial(self.client.log_batch, target, params=[Param(name, part[name])])
+                    batch.guard(f"parameter {name!r}", send)
 
     def _set_tags(self, target: str, tags: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
