@@ -23,10 +23,11 @@ class StepPlan:
     """One step of a run that has not started.
 
     Attributes:
-        action: `reuse` (the output exists), `resume` (an unfinished attempt goes on), `run`, or `always` for a step
-            with side effects, which runs every time.
+        action: `reuse` (the output exists), `resume` (an unfinished attempt goes on), `run`, `always` for a step with
+            side effects, which runs every time, or `blocked` when its outside input cannot be read from here.
         key: the output's key, when everything upstream is known.
         manifest: the existing output.
+        problem: why it is blocked.
     """
 
     step: PlannedStep
@@ -34,6 +35,7 @@ class StepPlan:
     action: str
     key: str | None = None
     manifest: Manifest | None = None
+    problem: str = ""
 
 
 def sections(
@@ -67,6 +69,20 @@ def sections(
     return made
 
 
+def portable_sections(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Section of every step for a run that may happen elsewhere, and why its outside input cannot be read from here.
+
+    The second text is empty when the input can be read; otherwise the section has no fingerprint.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for step in recipe.steps():
+        try:
+            found[step.name] = _section(step), ""
+        except UserError as error:
+            found[step.name] = section(step.name, step.config, step.function), str(error)
+    return found
+
+
 def _section(step: PlannedStep) -> str:
     fingerprint = getattr(step.config, "fingerprint", None)
     return section(step.name, step.config, step.function, fingerprint() if callable(fingerprint) else "")
@@ -91,20 +107,27 @@ def trace(recipe: Recipe, store: Path) -> list[StepPlan]:
     """What each step of a run would do now, following the keys down the chain; reads the store, writes nothing."""
     plans = []
     digests: dict[str, str | None] = {}
-    texts = sections(recipe)
+    texts = portable_sections(recipe)
     for step in recipe.steps():
-        options = declared_options(step.function)
-        key, manifest = _existing(store, step, texts[step.name], digests)
-        action = "run"
-        if not options.reuse:
-            action, manifest = "always", None
-        elif manifest is not None:
-            action = "reuse"
-        elif options.resumable and key is not None and (store / step.name / f"{key}.partial").is_dir():
-            action = "resume"
-        digests[step.name] = manifest.digest if manifest else None
-        plans.append(StepPlan(step, texts[step.name], action, key, manifest))
+        text, problem = texts[step.name]
+        key, manifest = (None, None) if problem else _existing(store, step, text, digests)
+        action = _action(step, store, key, manifest, problem)
+        kept = manifest if action == "reuse" else None
+        digests[step.name] = kept.digest if kept else None
+        plans.append(StepPlan(step, text, action, key, kept, problem))
     return plans
+
+
+def _action(step: PlannedStep, store: Path, key: str | None, manifest: Manifest | None, problem: str) -> str:
+    options = declared_options(step.function)
+    if problem:
+        return "blocked"
+    if not options.reuse:
+        return "always"
+    if manifest is not None:
+        return "reuse"
+    unfinished = options.resumable and key is not None and (store / step.name / f"{key}.partial").is_dir()
+    return "resume" if unfinished else "run"
 
 
 def declared_options(function: str) -> StepOptions:

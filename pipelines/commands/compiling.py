@@ -61,7 +61,11 @@ def _compile(catalog: Catalog, name: str, recipe: Recipe, folder: Path) -> Path:
     from kfp.compiler import Compiler
 
     dag = resolve(catalog.pipeline(recipe.pipeline).dag)
-    sections = plan.sections(recipe)
+    found = plan.portable_sections(recipe)
+    for step, (_, problem) in found.items():
+        if problem:
+            click.echo(f"warning: {name}: {step} cannot see its input from here: {problem}", err=True)
+    sections = {step: text for step, (text, _) in found.items()}
     check(dag.pipeline_spec, sections)
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace("/", "-")
     target = folder / f"{stem}.yaml"

@@ -1,6 +1,6 @@
 """The process that lets kfp run a pipeline here, with everything kfp touches inside the run folder.
 
-Started by `launch.local`, never by hand: `python -m modelmill.pipelines.launch.driver RUN_FOLDER LIFELINE LOCK`. kfp
+Started by `launch.local`, never by hand: `python -m modelmill.pipelines.launch.driver RUN_FOLDER LIFELINE GRACE`. kfp
 runs each step as `sh -ec '... python3 -m kfp.dsl.executor_main ...'`. Four of its habits are met here:
 
 * It replaces the text `python3` by the interpreter's path in every argument, also inside a step's section (a corpus
@@ -18,6 +18,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -50,23 +51,32 @@ exit $code
 
 def main() -> None:
     """Run the pipeline of a run folder; exit with 0, 1 (a step failed) or 2 (the pipeline was refused)."""
-    folder, lifeline = Path(sys.argv[1]), int(sys.argv[2])
-    run = Run.open(folder)
+    run, lifeline, grace = Run.open(Path(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
     keep_tree_together()
     signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_watch_parent, args=(run, lifeline), daemon=True).start()
+    orphaned = threading.Event()
+    watcher = threading.Thread(target=_watch_parent, args=(run, lifeline, grace, orphaned), daemon=True)
+    watcher.start()
     try:
-        code = _drive(run)
+        code = _guarded(run)
+    finally:
+        if orphaned.is_set():
+            watcher.join()  # it ends this process when it is done
+        reap_orphans()
+    sys.exit(code)
+
+
+def _guarded(run: Run) -> int:
+    """Exit code of the pipeline; a failure that is no step's own is left in the events."""
+    try:
+        return _drive(run)
     except UserError as error:
         events.emit("failed", step="", kind="user", message=str(error))
-        code = REFUSED
+        return REFUSED
     except Exception as error:
         traceback.print_exc()
         events.emit("failed", step="", kind="crash", message=f"{type(error).__name__}: {error}")
-        code = FAILED
-    finally:
-        reap_orphans()
-    sys.exit(code)
+        return FAILED
 
 
 def _leave(number: int, frame: object) -> None:
@@ -149,15 +159,19 @@ def _enter_interpreter(folder: Path) -> None:
     sys.executable = "python3"
 
 
-def _watch_parent(run: Run, lifeline: int) -> None:
+def _watch_parent(run: Run, lifeline: int, grace: float, orphaned: threading.Event) -> None:
     """End the run when the command is gone without a word (SIGKILL): its end of the pipe then closes."""
     while os.read(lifeline, 1):
         pass
+    orphaned.set()
     from modelmill.pipelines.launch.local import abandon
 
-    stop_run(run.folder, os.getpid())
-    abandon(run)
-    os._exit(FAILED)
+    stop_run(run.folder, os.getpid(), grace=grace)
+    try:
+        abandon(run)
+    finally:
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+        os._exit(FAILED)
 
 
 if __name__ == "__main__":

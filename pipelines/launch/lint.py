@@ -35,7 +35,8 @@ class _Task:
     name: str
     spec: Mapping[str, Any]
     component: Mapping[str, Any]
-    scope: Mapping[str, Any]  # input definitions of the surrounding DAG
+    scope: Mapping[str, Any]  # parameters of the surrounding DAG
+    siblings: Mapping[str, Mapping[str, Any]]  # components of the tasks beside it
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -50,9 +51,13 @@ class _Task:
         return "dag" in self.component
 
     def type_of(self, channel: str) -> str:
-        """KFP type of a parameter of the surrounding DAG, or of one this task receives itself."""
-        known = {**self.declared, **self.scope.get("parameters", {})}
-        return known.get(channel, {}).get("parameterType", "")
+        """KFP type of a value this task receives, wherever it comes from."""
+        source = self.inputs.get(channel, {})
+        if output := source.get("taskOutputParameter"):
+            producer = self.siblings.get(output["producerTask"], {}).get("outputDefinitions", {})
+            return producer.get("parameters", {}).get(output["outputParameterKey"], {}).get("parameterType", "")
+        known = {**self.scope, **self.declared}
+        return known.get(source.get("componentInputParameter", channel), {}).get("parameterType", "")
 
 
 def check(pipeline_spec: Any, sections: Mapping[str, str]) -> None:
@@ -87,10 +92,12 @@ def lint(pipeline_spec: Any, sections: Mapping[str, str]) -> list[str]:
 
 
 def _tasks(dag: Mapping[str, Any], components: Mapping[str, Any]) -> Iterator[_Task]:
-    for name, spec in dag.get("dag", {}).get("tasks", {}).items():
-        component = components.get(spec.get("componentRef", {}).get("name", ""), {})
-        yield _Task(name, spec, component, dag.get("inputDefinitions", {}))
-        yield from _tasks(component, components)
+    specs = dag.get("dag", {}).get("tasks", {})
+    siblings = {name: components.get(spec.get("componentRef", {}).get("name", ""), {}) for name, spec in specs.items()}
+    scope = dag.get("inputDefinitions", {}).get("parameters", {})
+    for name, spec in specs.items():
+        yield _Task(name, spec, siblings[name], scope, siblings)
+        yield from _tasks(siblings[name], components)
 
 
 def _parameters(root: Mapping[str, Any], sections: Mapping[str, str]) -> Iterator[str]:
@@ -158,11 +165,9 @@ def _loop(task: _Task) -> Iterator[str]:
     if not iterator:
         return
     items = iterator.get("items", {})
-    raw, channel = items.get("raw"), items.get("inputParameter") or items.get("inputArtifact")
-    if raw is not None:
-        if json.loads(raw) == []:
-            yield f"loop {task.name} runs over an empty list, which breaks dsl.Collected; leave the loop out"
-        return
+    if "raw" in items:
+        return  # a list that stands in the pipeline; kfp itself refuses an empty one
+    channel = items.get("inputParameter") or items.get("inputArtifact")
     source = task.inputs.get(channel, {}).get("taskOutputParameter", {})
     output = source.get("outputParameterKey", "")
     if source and output != "Output":

@@ -82,6 +82,16 @@ class _Signals:
         self.received.append(number)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How to run, as told by the caller: see `run_local`."""
+
+    display: Display
+    grace: float
+    fresh: bool = False
+    deliver: bool = True
+
+
 def run_local(
     recipe: Recipe,
     *,
@@ -91,6 +101,7 @@ def run_local(
     display: Display | None = None,
     grace: float = GRACE,
     fresh: bool = False,
+    deliver: bool = True,
 ) -> RunResult:
     """Run a recipe's pipeline here and wait for it.
 
@@ -102,6 +113,7 @@ def run_local(
         display: shows the run while it goes; default nothing.
         grace: seconds a step has to end by itself when the run is cancelled.
         fresh: compute every step again, also those whose output exists.
+        deliver: bring the tracking points to MLflow; False leaves them in the run's spool for later.
 
     Raises:
         UserError: nothing was started: the disk refuses, an input is missing, the pipeline is not known.
@@ -118,7 +130,8 @@ def run_local(
         cwd=os.getcwd(),
         steps=[step.name for step in recipe.steps()],
     )
-    return _Launch(home, record, recipe, plan.sections(recipe), display or Silent(), grace, fresh).execute()
+    options = _Options(display or Silent(), grace, fresh, deliver)
+    return _Launch(home, record, recipe, plan.sections(recipe), options).execute()
 
 
 def resume_local(
@@ -128,6 +141,7 @@ def resume_local(
     home: Home | None = None,
     display: Display | None = None,
     grace: float = GRACE,
+    deliver: bool = True,
 ) -> RunResult:
     """Continue a run that failed, was cancelled or was interrupted: a new run, linked to the old one.
 
@@ -159,7 +173,8 @@ def resume_local(
         resumed_from=old.run_id,
         finished_before=finished,
     )
-    return _Launch(home, record, recipe, sections, display or Silent(), grace).execute()
+    options = _Options(display or Silent(), grace, deliver=deliver)
+    return _Launch(home, record, recipe, sections, options).execute()
 
 
 def _refuse(run: Run, home: Home) -> None:
@@ -185,11 +200,10 @@ class _Launch:
         record: RunRecord,
         recipe: Recipe,
         sections: Mapping[str, str],
-        display: Display,
-        grace: float,
-        fresh: bool = False,
+        options: _Options,
     ) -> None:
-        self.home, self.recipe, self.display, self.grace, self.fresh = home, recipe, display, grace, fresh
+        self.home, self.recipe, self.options = home, recipe, options
+        self.display, self.grace = options.display, options.grace
         record.started, record.pid = time.time(), os.getpid()
         files = {"recipe.yaml": recipe.resolved_yaml(), "sections.json": json.dumps(sections, indent=1) + "\n"}
         self.run = Run.create(home, record, files)
@@ -212,7 +226,7 @@ class _Launch:
         environment = self._environment()
         driver, lifeline = self._start_driver(environment, lock)
         try:
-            delivery = tracker.Delivery(self.run, environment)
+            delivery = tracker.Delivery(self.run, environment, start=self.options.deliver)
             (self.run.folder / "environment.txt").write_text(tracker.environment_report() + "\n")
             tracker.announce(self.run, self.recipe)
             self._follow(driver)
@@ -236,7 +250,7 @@ class _Launch:
             HOME_VARIABLE: str(self.home.root),
             RECIPE_VARIABLE: self.recipe.hash,
             FINISHED_VARIABLE: ",".join(self.run.record.finished_before),
-            FRESH_VARIABLE: "1" if self.fresh else "",
+            FRESH_VARIABLE: "1" if self.options.fresh else "",
             "TMPDIR": str(self.temporary),
             "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
@@ -248,7 +262,8 @@ class _Launch:
     def _start_driver(self, environment: Mapping[str, str], lock: int) -> tuple[subprocess.Popen[bytes], int]:
         """Start the driver in a session of its own; it holds the run's lock and the reading end of our lifeline."""
         listen, lifeline = os.pipe()
-        command = [sys.executable, "-m", "modelmill.pipelines.launch.driver", str(self.run.folder), str(listen)]
+        command = [sys.executable, "-m", "modelmill.pipelines.launch.driver"]
+        command += [str(self.run.folder), str(listen), str(self.grace)]
         try:
             with (self.run.folder / "driver.log").open("ab") as log:
                 driver = subprocess.Popen(

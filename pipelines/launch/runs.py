@@ -94,7 +94,10 @@ class Run:
             run.save()
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise (disk_error(error, home.runs) or error) from None
+            known = disk_error(error, home.root)
+            raise known or UserError(
+                f"MODELMILL_HOME: cannot write {home.runs} ({error.strerror}); set it to a folder you may write to"
+            ) from None
         return run
 
     @classmethod

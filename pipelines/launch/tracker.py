@@ -83,10 +83,13 @@ def outputs(view: RunView) -> dict[str, str]:
 class Delivery:
     """The process that brings a run's spools to MLflow beside the run; absent when MLflow is not installed."""
 
-    def __init__(self, run: Run, environment: Mapping[str, str]) -> None:
+    def __init__(self, run: Run, environment: Mapping[str, str], *, start: bool = True) -> None:
         self._log = run.folder / "delivery.log"
         self.process: subprocess.Popen[bytes] | None = None
-        if importlib.util.find_spec("mlflow") is None or importlib.util.find_spec(_DELIVERY) is None:
+        self._absent = "" if start else "left in spool/ for later (`modelmill ui` delivers)"
+        if start and importlib.util.find_spec("mlflow") is None:
+            self._absent = "MLflow is not installed (pip install 'modelmill[track]'); the points are in spool/"
+        if self._absent:
             return
         # Without the run's variable it is none of the run's processes: a cancelled run is delivered too.
         own = {key: value for key, value in environment.items() if key != RUN_VARIABLE}
@@ -107,7 +110,7 @@ class Delivery:
     def outcome(self) -> str:
         """One line on what MLflow holds: empty when it holds everything."""
         if self.process is None:
-            return "not tracked: MLflow is not installed (pip install 'modelmill[track]'); the points are in spool/"
+            return self._absent
         if self.pending:
             return "MLflow is slow; the delivery goes on in the background"
         if self.process.returncode == 0:

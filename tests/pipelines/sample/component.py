@@ -28,3 +28,12 @@ def announce(section: str, count: dsl.Input[dsl.Artifact], manifest: dsl.Output[
     from tests.pipelines.sample.steps import announce as step
 
     run_step(step, section, {"count": count.path}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def archive(section: str, announcement: dsl.Input[dsl.Artifact], manifest: dsl.Output[dsl.Artifact]) -> None:
+    """Archive the announcement."""
+    from modelmill.components.core.step import run_step
+    from tests.pipelines.sample.steps import archive as step
+
+    run_step(step, section, {"announcement": announcement.path}, {"manifest": manifest.path})

@@ -41,19 +41,27 @@ class AnnounceConfig(Section):
     ledger: str = Field("", description="File that gets a line every time the step runs.")
 
 
+class ArchiveConfig(Section):
+    """The last step, after the side effect."""
+
+    fail_while: str = Field("", description="Fail as long as this file exists.")
+
+
 class SampleRecipe(Recipe):
-    """Write words, count them, announce the count."""
+    """Write words, count them, announce the count, archive the announcement."""
 
     pipeline: Literal["sample", "unimportable"]
     words: WordsConfig = WordsConfig()
     count: CountConfig = CountConfig()
     announce: AnnounceConfig = AnnounceConfig()
+    archive: ArchiveConfig = ArchiveConfig()
 
     def steps(self) -> list[PlannedStep]:
         return [
             PlannedStep("write_words", self.words, f"{__name__}:write_words"),
             PlannedStep("count_words", self.count, f"{__name__}:count_words", {"words": "write_words"}),
             PlannedStep("announce", self.announce, f"{__name__}:announce", {"count": "count_words"}),
+            PlannedStep("archive", self.archive, f"{__name__}:archive", {"announcement": "announce"}),
         ]
 
 
@@ -132,3 +140,11 @@ def announce(config: AnnounceConfig, output: Path, *, count: Manifest) -> StepRe
             ledger.write(f"{count.counts['letters']}\n")
     (output / "done.txt").write_text("done")
     return StepResult("announcement", metadata={"letters": count.counts["letters"]})
+
+
+def archive(config: ArchiveConfig, output: Path, *, announcement: Manifest) -> StepResult:
+    """Keep what was announced."""
+    if config.fail_while and Path(config.fail_while).exists():
+        raise RuntimeError(f"{config.fail_while} exists")
+    (output / "archive.txt").write_text(announcement.digest)
+    return StepResult("archive")

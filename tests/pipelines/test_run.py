@@ -1,0 +1,189 @@
+"""What a run leaves behind, how it says what went wrong, and what kfp's habits may not do."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.events import read_lines
+from modelmill.components.core.home import Home
+from modelmill.components.core.manifest import Manifest
+from modelmill.pipelines import catalog
+from modelmill.pipelines.launch.local import run_local
+from modelmill.pipelines.launch.runs import Run, all_runs, find_run
+from tests.pipelines.conftest import leftovers, modelmill, recipe, run, states
+
+
+def spool(result_folder: Path, name: str) -> list[dict[str, object]]:
+    return [record for _, record in read_lines(result_folder / "spool" / f"{name}.jsonl")]
+
+
+def test_a_run_keeps_everything_in_its_folder(home: Home, tmp_path: Path) -> None:
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    result = run()
+    assert (result.state, result.exit_code) == ("succeeded", 0)
+    assert states(result) == dict.fromkeys(["write_words", "count_words", "announce", "archive"], "finished")
+    folder = result.run.folder
+    for name in ("recipe.yaml", "sections.json", "run.json", "events.jsonl", "driver.log", "environment.txt"):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "logs" / "count_words.log").read_text().startswith("counting on standard output")
+    assert "kfp==" in (folder / "environment.txt").read_text()
+    assert catalog.SHIPPED is not catalog.current()
+    left = {path.name for path in set(Path(tempfile.gettempdir()).iterdir()) - before}
+    assert not any(name.startswith(("modelmill-", "kfp-workspace-")) for name in left)
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    assert not leftovers(home)
+
+
+def test_the_pipeline_run_is_recorded_for_tracking() -> None:
+    result = run()
+    records = spool(result.run.folder, "_run")
+    kinds = [record["type"] for record in records]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert records[-1]["status"] == "FINISHED"
+    tags = next(record["values"] for record in records if record["type"] == "tags")
+    assert tags["modelmill.recipe_hash"] == recipe().hash  # type: ignore[index]
+    kept = [str(record["path"]) for record in records if record["type"] == "artifact"]
+    assert sum(path.endswith("manifest.json") for path in kept) == 4
+    assert all(Path(path).is_file() for path in kept)
+
+
+def test_a_second_run_reuses_and_repeats_only_side_effects(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    run(announce__ledger=ledger)
+    again = run(announce__ledger=ledger)
+    assert states(again) == {
+        "write_words": "reused",
+        "count_words": "reused",
+        "announce": "finished",
+        "archive": "reused",
+    }
+    assert ledger.read_text() == "19\n19\n"
+
+
+def test_changing_one_section_reruns_only_what_depends_on_it() -> None:
+    run()
+    again = run(archive__fail_while="/nowhere")
+    assert states(again)["count_words"] == "reused"
+    assert states(again)["archive"] == "finished"
+
+
+def test_fresh_computes_everything_again() -> None:
+    run()
+    again = run_local(recipe(), grace=1.0, fresh=True, deliver=False)
+    assert set(states(again).values()) == {"finished"}
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "fault", "words"),
+    [
+        ("mistake", 2, "user", "count.text: 'x' has no letters; give some"),
+        ("crash", 1, "crash", "RuntimeError: something broke"),
+        ("killed", 1, "crash", "was killed by SIGKILL"),
+    ],
+)
+def test_a_failed_step_is_named_with_its_cause(behaviour: str, code: int, fault: str, words: str) -> None:
+    result = run(count__behaviour=behaviour)
+    assert (result.state, result.exit_code) == ("failed", code)
+    step = result.view.steps["count_words"]
+    assert (step.state, step.fault) == ("failed", fault)
+    assert words in step.message
+    assert words in result.message
+    assert result.view.steps["archive"].state == "waiting"
+    assert spool(result.run.folder, "count_words")[-1] | {"time": 0} == {"type": "end", "status": "FAILED", "time": 0}
+    assert spool(result.run.folder, "_run")[-1]["status"] == "FAILED"
+    assert Run.open(result.run.folder).record.exit_code == code
+
+
+def test_a_step_that_cannot_be_imported_is_blamed_with_the_exception() -> None:
+    result = run_local(catalog.load("unimportable"), grace=1.0, deliver=False)
+    assert result.exit_code == 1
+    step = result.view.steps["count_words"]
+    assert step.state == "failed"
+    assert "No module named 'tests.pipelines.sample.nowhere'" in step.message
+
+
+def test_a_refused_pipeline_starts_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = recipe().model_copy(update={"pipeline": "unimportable", "name": "x" * 5})
+    shorter = changed.steps()[:2]
+    monkeypatch.setattr(type(changed), "steps", lambda self: shorter)
+    result = run_local(changed, grace=1.0, deliver=False)
+    assert result.exit_code == 2
+    assert "parameter announce belongs to no step" in result.message
+    assert not list((result.run.folder / "logs").iterdir())
+
+
+def test_a_background_process_a_step_forgot_neither_stalls_nor_survives_the_run(home: Home, tmp_path: Path) -> None:
+    result = run(count__behaviour="leave", count__scratch=tmp_path)
+    assert result.exit_code == 0
+    assert not leftovers(home)
+
+
+def test_text_that_kfp_would_change_arrives_unchanged(home: Home) -> None:
+    """kfp puts the interpreter's path for the word python3 in every argument of a step."""
+    text = "see /usr/lib/python3/dist-packages, {{workflow.name}}, 'single' \"double\" $HOME `id` \\n é 中"
+    result = run(words__text=json.dumps(text))
+    assert result.exit_code == 0
+    manifest = next((home.store / "write_words").glob("*/manifest.json"))
+    assert Manifest.read(manifest).path("words.txt").read_text() == text
+
+
+def test_a_module_in_the_working_directory_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("random.py", "kfp.py", "pydantic.py"):
+        (tmp_path / name).write_text("raise RuntimeError('the wrong module')\n")
+    monkeypatch.chdir(tmp_path)
+    assert run().exit_code == 0
+
+
+def test_two_runs_at_once_share_a_home(home: Home) -> None:
+    import threading
+
+    results: list[int] = []
+    threads = [threading.Thread(target=lambda: results.append(run().exit_code)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [0, 0]
+    assert len(all_runs(home)) == 2
+    assert len(list((home.store / "count_words").glob("*/manifest.json"))) == 1
+
+
+def test_a_home_that_cannot_be_written_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("/proc/modelmill", str(tmp_path / "file" / "home")):
+        with pytest.raises(UserError):
+            run_local(recipe(), home=Home(Path(place)), deliver=False)
+
+
+def test_runs_are_found_by_prefix_part_and_latest(home: Home) -> None:
+    with pytest.raises(UserError, match="there is no run"):
+        find_run(home, "latest")
+    first, second = run().run, run().run
+    assert find_run(home, "latest").id == second.id
+    assert find_run(home, first.id[-4:]).id == first.id
+    with pytest.raises(UserError, match="start of 2 runs"):
+        find_run(home, first.id[:8])
+    with pytest.raises(UserError, match="no run is called 'nothing'"):
+        find_run(home, "nothing")
+
+
+def test_points_reach_mlflow_and_the_summary_says_where(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    done = modelmill("run", "words")
+    assert done.returncode == 0, done.stderr
+    assert "count_words: finished after" in done.stdout
+    assert "count_words.loss  4.75  (bigram 5.75)" in done.stdout
+    assert f"sqlite:///{home.root}/mlflow.db" in done.stdout
+    from mlflow import MlflowClient
+
+    client = MlflowClient(home.tracking_uri)
+    found = client.search_runs([client.get_experiment_by_name("modelmill").experiment_id])
+    assert len(found) == 5
+    assert {each.info.status for each in found} == {"FINISHED"}
+    assert [each.data.metrics["loss"] for each in found if "loss" in each.data.metrics] == [4.75]
