@@ -7,6 +7,7 @@ started, so that a missing file is reported before the first step.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -116,7 +117,7 @@ class HuggingFaceSource(Section):
 
     @property
     def label(self) -> str:
-        return f"hf://datasets/{self.name}"
+        return self.name if Path(self.name).expanduser().is_dir() else f"hf://datasets/{self.name}"
 
     def fingerprint(self) -> str:
         from modelmill.components.data.huggingface import fingerprint_dataset

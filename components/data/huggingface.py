@@ -66,7 +66,7 @@ def read_dataset(source: HuggingFaceSource) -> Generator[str, None, None]:
                 field = f"{source.text_field!r} but {held}"
                 raise UserError(f"corpus.source.text_field: {source.name} has no column {field}; name another")
             yield checked_text(row[source.text_field], f"{source.name} row {number}", source.text_field)
-    except (DatasetsError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -34,7 +34,8 @@ def _client(endpoint_url: str | None) -> Any:
     except ImportError:
         raise UserError(f"{_PARAMETER}: reading s3:// needs boto3; pip install 'modelmill[aws]'") from None
     config = Config(connect_timeout=5, read_timeout=60, retries={"mode": "standard", "max_attempts": 4})
-    return boto3.client("s3", endpoint_url=endpoint_url, config=config)
+    # A session of its own: the default one keeps the credentials it found first for the life of the process.
+    return boto3.session.Session().client("s3", endpoint_url=endpoint_url, config=config)
 
 
 @contextmanager
