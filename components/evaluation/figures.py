@@ -70,7 +70,7 @@ def learning_rate_curve(history: Sequence[Mapping[str, Any]]) -> str:
         if rates:
             axes.plot(*zip(*_thin(rates), strict=True), color=_TRAIN)
         axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         return _svg(figure, "Learning rate by step")
 
 

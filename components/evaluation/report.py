@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2.
 p.note { opacity: .75; font-size: .875rem; margin: .5rem 0; max-width: 48rem; }
 .verdict { border-left: .3rem solid; padding: .6rem 1rem; margin: 1.25rem 0; background: var(--soft);
   font-size: 1.1rem; }
-.better { border-color: var(--good); } .worse { border-color: var(--bad); } .unclear { border-color: var(--flat); }
+.verdict.better { border-color: var(--good); } .verdict.worse { border-color: var(--bad); }
+.verdict.unclear { border-color: var(--flat); }
 .numbers { display: flex; flex-wrap: wrap; gap: .75rem; }
-.numbers div { flex: 1 1 10rem; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .9rem; }
+.numbers div { flex: 1 1 8.5rem; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .9rem; }
 .numbers b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 .numbers span { opacity: .75; font-size: .85rem; }
 .scroll { overflow-x: auto; }
@@ -31,10 +33,12 @@ svg { display: block; width: 100%; height: auto; margin: .5rem 0; }
 figure { margin: 0 0 1.25rem; } figcaption { font-size: .875rem; opacity: .75; }
 .sample { border: 1px solid var(--line); border-radius: .4rem; margin: 0 0 1rem; padding: .25rem 1rem .75rem; }
 .sample h3 { font-size: .8rem; font-weight: 600; margin: .75rem 0 .2rem; opacity: .75; }
-.text { font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.text { font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15rem;
+  overflow-y: auto; }
 .text mark { background: #4c8bf533; color: inherit; border-radius: .2rem; }
 code { font: .85em ui-monospace, monospace; }
 """
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NAMES = {"model": "this model", "bigram": "Kneser-Ney bigram", "unigram": "unigram", "uniform": "uniform guess"}
 
 
@@ -104,7 +108,8 @@ def render_report(
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    """Text that cannot become markup; control characters, which a small model does write, are made visible."""
+    return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)))
 
 
 def _cards(evaluation: Mapping[str, Any]) -> str:

@@ -131,3 +131,11 @@ def tracking_server(tmp_path: Path, empty_store: Path) -> Iterator[TrackingServe
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A `small_model.SmallModel`, built once."""
+    from tests.components import small_model
+
+    return small_model.build(tmp_path_factory.mktemp("small-model"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 
@@ -15,7 +16,9 @@ from modelmill.components.evaluation import baselines
 from modelmill.components.evaluation.baselines import KneserNeyBigram, UnigramModel, count_pairs, row_losses
 
 VOCABULARY = 7
-small_rows = arrays(np.uint16, st.tuples(st.integers(1, 6), st.integers(2, 12)), elements=st.integers(0, VOCABULARY - 1))
+small_rows = arrays(
+    np.uint16, st.tuples(st.integers(1, 6), st.integers(2, 12)), elements=st.integers(0, VOCABULARY - 1)
+)
 
 
 def naive_discount(counts: list[int]) -> float:
@@ -25,7 +28,7 @@ def naive_discount(counts: list[int]) -> float:
 
 def naive_kneser_ney(rows: np.ndarray, context: int, target: int) -> float:
     """The formulas with dictionaries, one probability at a time."""
-    pairs = Counter((int(a), int(b)) for row in rows for a, b in zip(row[:-1], row[1:], strict=True))
+    pairs = Counter((int(a), int(b)) for row in rows for a, b in itertools.pairwise(row))
     before: dict[int, set[int]] = defaultdict(set)
     for first, second in pairs:
         before[second].add(first)
