@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
-from modelmill.components.core.events import RUN_VARIABLE, STEP_VARIABLE
-from modelmill.components.core.home import HOME_VARIABLE
+from modelmill.components.core.events import STEP_VARIABLE
+from modelmill.components.core.home import HOME_VARIABLE, Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepFunction
 from modelmill.components.data.config import CorpusConfig, TokenizerConfig
 from modelmill.components.data.corpus import ingest_corpus
 from modelmill.components.data.tokenizer import train_tokenizer
+
+# Examples take milliseconds, but other work on a small machine can stop one for longer than the default deadline.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 DISTRIBUTIONS = ["click", "Flask", "fsspec", "docker"]
 Produce = Callable[..., Manifest]
@@ -32,12 +37,9 @@ def produce_in(folder: Path, step: StepFunction, config: Any, **upstream: Manife
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store below the test's folder, outside any run."""
-    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
-    monkeypatch.setenv(STEP_VARIABLE, "")  # so that what run_step sets is undone
-    monkeypatch.delenv(RUN_VARIABLE, raising=False)
-    return tmp_path / "home"
+def isolated(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of its own; what `run_step` sets in the environment is undone after the test."""
+    monkeypatch.setenv(STEP_VARIABLE, "")
 
 
 @pytest.fixture

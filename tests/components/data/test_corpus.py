@@ -13,6 +13,7 @@ import pytest
 from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.events import read_lines
+from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import run_step, section
 from modelmill.components.data.config import CorpusConfig
@@ -197,7 +198,7 @@ def test_a_second_run_reuses_the_corpus(tmp_path: Path, run_folder: Path) -> Non
 
 
 @pytest.mark.usefixtures("keep_output")
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, run_folder: Path, home: Path) -> None:
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, run_folder: Path, home: Home) -> None:
     """The bad line comes after more text than one batch holds, so files were already being written."""
     path = jsonl(tmp_path / "a.jsonl", [sentence(number) for number in range(60_000)])
     with path.open("ab") as file:
@@ -205,7 +206,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, run_folder: Path, home:
     with pytest.raises(SystemExit) as caught:
         run(config(path), tmp_path / "manifest.json")
     assert caught.value.code == 2
-    assert not [entry for entry in (home / "store" / "ingest_corpus").iterdir() if not entry.name.endswith(".lock")]
+    assert not [entry for entry in (home.store / "ingest_corpus").iterdir() if not entry.name.endswith(".lock")]
     assert not (tmp_path / "manifest.json").exists()
     *_, (_, last) = read_lines(run_folder / "events.jsonl")
     assert (last["event"], last["kind"]) == ("failed", "user")
