@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -87,9 +88,7 @@ def register_model(config: RegisterConfig, output: Path, *, model: Manifest, eva
         "tracking_uri": safe_uri(uri),
     }
     (output / "registration.json").write_text(json.dumps(registration, indent=1) + "\n")
-    tracking.set_tags(
-        {"model_name": config.name, "model_version": version, "model_registered": registration["registered"]}
-    )
+    tracking.set_tags({"model": f"models:/{config.name}/{version}", "registered": registration["registered"]})
     tracking.log_artifact(output / "model_card.md")
     kept = ("name", "version", "alias", "weights_digest")
     return StepResult("registration", metadata={name: registration[name] for name in kept})
@@ -155,14 +154,17 @@ def _package(model: Manifest, digest: str, folder: Path, card: str) -> Path:
         ]
     )
     shutil.rmtree(folder, ignore_errors=True)
-    mlflow.pyfunc.save_model(
-        str(folder),
-        loader_module="modelmill_language_model",
-        data_path=str(exported),
-        code_paths=[modelmill_language_model.__file__],
-        signature=ModelSignature(texts, texts, params),
-        pip_requirements=[_pinned(name) for name in ("torch", "transformers", "tokenizers", "safetensors")],
-    )
+    with warnings.catch_warnings():
+        # It asks for an input example, which it would run through the model; the signature is given.
+        warnings.simplefilter("ignore", UserWarning)
+        mlflow.pyfunc.save_model(
+            str(folder),
+            loader_module="modelmill_language_model",
+            data_path=str(exported),
+            code_paths=[modelmill_language_model.__file__],
+            signature=ModelSignature(texts, texts, params),
+            pip_requirements=[_pinned(name) for name in ("torch", "transformers", "tokenizers", "safetensors")],
+        )
     copied = weights_digest(folder / "data" / "model")
     if copied != digest:
         raise UserError(

@@ -16,9 +16,8 @@ from modelmill.components.evaluation import baselines
 from modelmill.components.evaluation.baselines import KneserNeyBigram, UnigramModel, count_pairs, row_losses
 
 VOCABULARY = 7
-small_rows = arrays(
-    np.uint16, st.tuples(st.integers(1, 6), st.integers(2, 12)), elements=st.integers(0, VOCABULARY - 1)
-)
+shapes = st.tuples(st.integers(1, 6), st.integers(2, 12))
+small_rows = arrays(np.uint16, shapes, elements=st.integers(0, VOCABULARY - 1))
 
 
 def naive_discount(counts: list[int]) -> float:
