@@ -44,6 +44,17 @@ class Recipe(Section):
         """The pipeline's steps in the order they run; every recipe type lists its own."""
         raise NotImplementedError(f"{type(self).__name__} lists no steps")
 
+    def headline(self) -> list[str]:
+        """`step.metric` names that sum up a run, best first; without any, every metric is shown."""
+        return []
+
+    def check_local(self) -> None:
+        """Refuse what this machine cannot do before the first step starts, not hours later.
+
+        Raises:
+            UserError: one line naming the parameter, its value and the fix.
+        """
+
     def resolved_yaml(self) -> str:
         """The recipe with every default filled in, as stored with a run."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

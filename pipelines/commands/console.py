@@ -42,7 +42,7 @@ def number(value: float) -> str:
     """Four significant digits, large ones with a unit: `3.812`, `0.0003`, `8.03 G`."""
     if isinstance(value, int) and abs(value) < 10_000:
         return str(value)
-    for size, unit in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
+    for size, unit in ((1e21, " Z"), (1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= size:
             scale = 1e3 if unit == " k" else size
             return f"{value / scale:.4g}{unit}"

@@ -80,7 +80,7 @@ def _summarise(result: RunResult) -> None:
         state = "skipped" if step.state == "waiting" and result.state == "succeeded" else step.state
         rows.append((step.name, state, duration(step.elapsed), step.message if step.state == "failed" else ""))
     print_table(rows, indent=2)
-    if lines := headline(view):
+    if lines := headline(view, run.record.headline):
         click.echo()
         print_table(lines, indent=2)
     click.echo(f"\n  run folder  {run.folder}")
@@ -108,19 +108,16 @@ def _next(result: RunResult) -> list[tuple[str, str]]:
     ]
 
 
-def headline(view: RunView) -> list[tuple[str, str]]:
-    """Metrics worth a line each; baselines (`bigram_loss` for `loss`) stand beside what they judge."""
+def headline(view: RunView, chosen: list[str]) -> list[tuple[str, str]]:
+    """The chosen metrics (all without a choice); baselines (`bigram_loss` for `loss`) stand beside what they judge."""
     rows: list[tuple[str, str]] = []
     for step in view.steps.values():
-        names = list(step.metrics)
-        baselines = {name: [other for other in names if other.endswith(f"_{name}")] for name in names}
-        beside = {other for others in baselines.values() for other in others}
-        for name in names:
-            if name in beside:
-                continue
-            text = number(step.metrics[name])
-            if baselines[name]:
-                compared = [f"{o.removesuffix(f'_{name}')} {number(step.metrics[o])}" for o in baselines[name]]
-                text += f"  ({', '.join(compared)})"
-            rows.append((f"{step.name}.{name}", text))
-    return rows
+        for name, value in step.metrics.items():
+            beside = [other for other in step.metrics if other.removesuffix(f"_{name}").isalnum()]
+            judge = any(name.removesuffix(f"_{other}").isalnum() for other in step.metrics if name != other)
+            if f"{step.name}.{name}" in chosen or (not chosen and not judge):
+                compared = [f"{o.removesuffix(f'_{name}')} {number(step.metrics[o])}" for o in beside if o != name]
+                text = f"{number(value)}  ({', '.join(compared)})" if compared else number(value)
+                rows.append((f"{step.name}.{name}", text))
+    order = {name: place for place, name in enumerate(chosen)}
+    return sorted(rows, key=lambda row: order.get(row[0], 0))

@@ -17,8 +17,6 @@ from modelmill.pipelines.commands.console import as_json, number, print_json, pr
 if TYPE_CHECKING:
     from modelmill.pipelines.launch.runs import Run
 
-# The figure that sums up a run, best first; a run without any of them shows the first metric of its last step.
-_KEY_METRICS = ("bits_per_byte", "test_loss", "validation_loss", "train_loss")
 DRIVER = "driver"
 
 
@@ -43,7 +41,9 @@ def runs_command(limit: int, as_json: bool) -> None:
     rows = [("RUN", "STATE", "STARTED", "DURATION", "RECIPE", "RESULT")]
     for entry in entries:
         started = datetime.fromtimestamp(entry["started"]).strftime("%Y-%m-%d %H:%M")
-        metric = f"{entry['metric']} {number(entry['value'])}" if entry["metric"] else entry["message"]
+        metric = (
+            f"{entry['metric'].partition('.')[2]} {number(entry['value'])}" if entry["metric"] else entry["message"]
+        )
         short = metric if len(metric) <= 60 else f"{metric[:59]}…"
         rows.append((entry["run"], entry["state"], started, duration(entry["seconds"]), entry["recipe"], short))
     print_table(rows)
@@ -54,9 +54,8 @@ def _describe(run: Run) -> dict[str, Any]:
 
     view = RunView(run.folder, run.record.steps)
     view.refresh()
-    metrics = {name: value for step in view.steps.values() for name, value in step.metrics.items()}
-    last = next((list(step.metrics) for step in reversed(view.steps.values()) if step.metrics), [])
-    key = next((name for name in (*_KEY_METRICS, *last) if name in metrics), "")
+    metrics = {f"{step.name}.{name}": value for step in view.steps.values() for name, value in step.metrics.items()}
+    key = next((name for name in (*run.record.headline, *metrics) if name in metrics), "")
     return {
         "run": run.id,
         "state": run.state,

@@ -119,6 +119,7 @@ def run_local(
         UserError: nothing was started: the disk refuses, an input is missing, the pipeline is not known.
     """
     home = home or Home.current()
+    recipe.check_local()
     pipeline = (catalog or catalogs.current()).pipeline(recipe.pipeline)
     record = RunRecord(
         run_id=new_run_id(recipe.name),
@@ -129,6 +130,7 @@ def run_local(
         dag=pipeline.dag,
         cwd=os.getcwd(),
         steps=[step.name for step in recipe.steps()],
+        headline=recipe.headline(),
     )
     options = _Options(display or Silent(), grace, fresh, deliver)
     return _Launch(home, record, recipe, plan.sections(recipe), options).execute()
@@ -170,6 +172,7 @@ def resume_local(
         dag=old.dag,
         cwd=old.cwd,
         steps=old.steps,
+        headline=old.headline,
         resumed_from=old.run_id,
         finished_before=finished,
     )

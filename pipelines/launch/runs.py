@@ -41,6 +41,7 @@ class RunRecord:
         dag: `module:function` of the pipeline.
         cwd: working directory, from which relative paths of the recipe count.
         steps: names of the steps in order.
+        headline: `step.metric` names that sum the run up.
         resumed_from: run this one continues.
         finished_before: steps that had finished in the runs this one continues.
         exit_code: what `modelmill run` returned.
@@ -54,6 +55,7 @@ class RunRecord:
     dag: str
     cwd: str
     steps: list[str]
+    headline: list[str] = field(default_factory=list)
     state: str = "running"
     started: float = 0.0
     ended: float | None = None
