@@ -212,6 +212,8 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{place}: is missing; add it to the recipe"
     message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:  # sections that do not fit together: the message names both
+        return message
     shown = "" if isinstance(value, (dict, BaseModel)) or repr(value) in message else f"{value!r}: "
     return f"{place}: {shown}{message}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from modelmill.components.core.recipe import PlannedStep, Recipe
 from modelmill.components.data.config import CorpusConfig, PackingConfig, TokenizerConfig
@@ -25,6 +27,38 @@ class LlamaPretrainRecipe(Recipe):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        length, limit = self.packing.sequence_length, self.model.max_sequence_length
+        if length > limit:
+            raise ValueError(
+                f"packing.sequence_length: {length} is more than model.max_sequence_length {limit};"
+                " shorten the one or raise the other"
+            )
+        entries, known = self.tokenizer.vocab_size, self.model.vocab_size
+        if self.tokenizer.kind == "train" and known is not None and known < entries:
+            raise ValueError(
+                f"model.vocab_size: {known} is less than tokenizer.vocab_size {entries}; raise it or leave it out"
+            )
+        return self
+
+    def check_local(self) -> None:
+        """See `Recipe.check_local`: the layout, precision and accelerator must be ones that this machine has."""
+        from modelmill.components.training.launch import LocalLauncher
+
+        LocalLauncher().check(self.training)
+
+    def headline(self) -> list[str]:
+        return [
+            "evaluate_heldout.bits_per_byte",
+            "evaluate_heldout.bigram_bits_per_byte",
+            "evaluate_heldout.unigram_bits_per_byte",
+            "evaluate_heldout.test_loss",
+            "evaluate_heldout.bigram_loss",
+            "pretrain.validation_loss",
+            "pretrain.tokens_per_second",
+        ]
 
     def steps(self) -> list[PlannedStep]:
         registration = RegisterConfig(**self.registry.model_dump(), recipe_name=self.name, recipe_hash=self.hash)
