@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
@@ -21,12 +21,13 @@ AcceleratorName = Literal["auto", "cpu", "cuda", "neuron"]
 class ParallelConfig(Section):
     """How the processes share the work. `tensor x pipeline x data = nodes x processes_per_node`."""
 
-    nodes: PositiveInt = Field(1, description="Machines.")
-    processes_per_node: PositiveInt = Field(2, description="Processes on each machine, one a device.")
-    tensor: PositiveInt = Field(1, description="Processes that share every layer's matrices.")
-    pipeline: PositiveInt = Field(1, description="Stages the layers are split into.")
+    nodes: PositiveInt = Field(default=1, description="Machines.")
+    processes_per_node: PositiveInt = Field(default=2, description="Processes on each machine, one a device.")
+    tensor: PositiveInt = Field(default=1, description="Processes that share every layer's matrices.")
+    pipeline: PositiveInt = Field(default=1, description="Stages the layers are split into.")
     data: PositiveInt | None = Field(
-        None, description="Copies of the model, each with its own part of a batch; left out, what the rest leaves."
+        default=None,
+        description="Copies of the model, each with its own part of a batch; left out, what the rest leaves.",
     )
 
     @model_validator(mode="after")
@@ -60,59 +61,63 @@ class ParallelConfig(Section):
 class TrainingConfig(Section):
     """Everything about training that is not the model or the data."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
     steps: PositiveInt = Field(description="Optimizer steps.")
     global_batch_size: PositiveInt = Field(description="Sequences in one optimizer step, over all processes.")
     micro_batch_size: PositiveInt = Field(
         description="Sequences one process runs at once; memory grows with it, the result does not depend on it."
     )
-    parallel: ParallelConfig = Field(ParallelConfig(), description="How the processes share the work.")
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="How the processes share the work.")
 
-    learning_rate: PositiveFloat = Field(3e-4, description="Highest learning rate, reached after warmup.")
-    min_learning_rate: NonNegativeFloat = Field(3e-5, description="Learning rate after the decay.")
-    schedule: Literal["cosine", "linear"] = Field("cosine", description="Shape of the decay.")
-    warmup_steps: NonNegativeInt = Field(0, description="Steps of linear growth from zero.")
+    learning_rate: PositiveFloat = Field(default=3e-4, description="Highest learning rate, reached after warmup.")
+    min_learning_rate: NonNegativeFloat = Field(default=3e-5, description="Learning rate after the decay.")
+    schedule: Literal["cosine", "linear"] = Field(default="cosine", description="Shape of the decay.")
+    warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear growth from zero.")
     constant_steps: NonNegativeInt = Field(
-        0, description="Steps at the highest rate between warmup and decay (warmup-stable-decay when large)."
+        default=0, description="Steps at the highest rate between warmup and decay (warmup-stable-decay when large)."
     )
     decay_steps: NonNegativeInt | None = Field(
-        None, description="Steps from the highest rate to the lowest; left out, all steps that remain."
+        default=None, description="Steps from the highest rate to the lowest; left out, all steps that remain."
     )
 
-    weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay of AdamW.")
+    weight_decay: NonNegativeFloat = Field(default=0.1, description="Decoupled weight decay of AdamW.")
     decay_norm_weights: bool = Field(
-        False, description="Whether the vectors (norm weights, biases) are decayed too, not only matrices."
+        default=False, description="Whether the vectors (norm weights, biases) are decayed too, not only matrices."
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of the two gradient moments.")
-    eps: PositiveFloat = Field(1e-5, description="AdamW's term that keeps the division finite.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay of the two gradient moments.")
+    eps: PositiveFloat = Field(default=1e-5, description="AdamW's term that keeps the division finite.")
     clip_norm: PositiveFloat | None = Field(
-        1.0, description="Largest norm of the whole gradient; a larger one is scaled down. null: never."
+        default=1.0, description="Largest norm of the whole gradient; a larger one is scaled down. null: never."
     )
 
     precision: Precision = Field(
-        "fp32",
+        default="fp32",
         description="fp32; bf16-mixed (bf16 products, fp32 weights and sums); bf16-stochastic (bf16 weights with "
         "stochastic rounding: Trainium only).",
     )
-    accelerator: AcceleratorName = Field("auto", description="auto: the best one with a device for every process.")
+    accelerator: AcceleratorName = Field(
+        default="auto", description="auto: the best one with a device for every process."
+    )
     deterministic: bool = Field(
-        True, description="Only kernels that give the same bits every time; slower on a GPU, free on a CPU."
+        default=True, description="Only kernels that give the same bits every time; slower on a GPU, free on a CPU."
     )
     threads_per_process: PositiveInt | None = Field(
-        None, description="CPU threads of each process; left out, the cores shared out."
+        default=None, description="CPU threads of each process; left out, the cores shared out."
     )
-    seed: NonNegativeInt = Field(0, description="Decides the first weights and the order of the data.")
+    seed: NonNegativeInt = Field(default=0, description="Decides the first weights and the order of the data.")
 
-    log_every: PositiveInt = Field(10, description="Steps between two logged losses.")
+    log_every: PositiveInt = Field(default=10, description="Steps between two logged losses.")
     validate_every: PositiveInt | None = Field(
-        100, description="Steps between two validations; null: only after the last step."
+        default=100, description="Steps between two validations; null: only after the last step."
     )
     validation_rows: NonNegativeInt = Field(
-        256, description="Rows of the validation split a validation reads, at most; 0: no validation."
+        default=256, description="Rows of the validation split a validation reads, at most; 0: no validation."
     )
     checkpoint_every: PositiveInt | None = Field(
-        200, description="Steps between two checkpoints; null: only when the run is stopped."
+        default=200, description="Steps between two checkpoints; null: only when the run is stopped."
     )
-    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints that stay on disk.")
+    keep_checkpoints: PositiveInt = Field(default=2, description="Newest checkpoints that stay on disk.")
 
     @model_validator(mode="after")
     def _batch_is_whole(self) -> Self:

@@ -155,13 +155,14 @@ class TrainingLoop:
         rows = rows.to(self.ranks.device, non_blocking=True)
         micro_batches = rows.split(config.micro_batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.ranks.device)
+        losses = []
         for index, micro_batch in enumerate(micro_batches):
             with self._gradient_sync(index == len(micro_batches) - 1):
                 with self._autocast():
                     loss = self.objective(self.wrapped, micro_batch) / len(micro_batches)
                 loss.backward()
-            total += loss.detach()
+            losses.append(loss.detach())
+        total = torch.stack(losses).sum()
         if config.clip_norm is None:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         else:

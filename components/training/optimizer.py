@@ -18,7 +18,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
         model: its parameters already on their device.
         config: rate, betas, eps and decay.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             matrix = parameter.dim() >= 2 or config.decay_norm_weights

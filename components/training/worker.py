@@ -51,6 +51,9 @@ class StopSignal:
         self._world_size = world_size
         self._group: Any = None
         self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def install(self) -> None:
+        """Handle this process's signals from now on."""
         signal.signal(signal.SIGTERM, self._receive)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher turns Ctrl-C into SIGTERM
 
@@ -124,6 +127,7 @@ def run_rank(function: RankFunction, arguments: list[str]) -> int:
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     stop = StopSignal(training.parallel.world_size)
+    stop.install()
     try:
         result = function(_join(training, stop, files.scratch), spec, training)
         if rank == 0:

@@ -1,0 +1,140 @@
+"""The plan's figures against what a real model and optimizer hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelmill.components.llama.config import LlamaConfig
+from modelmill.components.llama.model import LlamaDecoder
+from modelmill.components.training import estimate
+from modelmill.components.training.optimizer import make_optimizer
+from tests.components.training.samples import training_config
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "grouped, tied": {"num_heads": 4, "num_kv_heads": 2, "num_layers": 2, "tie_embeddings": True},
+    "untied, deeper": {"num_heads": 4, "num_layers": 5, "intermediate_size": 352, "hidden_size": 128},
+}
+
+
+def model_config(shape: str) -> LlamaConfig:
+    base = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "max_sequence_length": 96}
+    return LlamaConfig.model_validate({**base, **SHAPES[shape]})
+
+
+def one_step(config: LlamaConfig) -> tuple[LlamaDecoder, torch.optim.AdamW]:
+    model = LlamaDecoder(config)
+    optimizer = make_optimizer(model, training_config())
+    rows = torch.randint(0, config.known_vocab_size, (2, 97))
+    model(rows[:, :-1], rows[:, 1:]).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_weights_gradients_and_moments_are_exact(shape: str) -> None:
+    config = model_config(shape)
+    model, optimizer = one_step(config)
+    memory = estimate.estimate_memory(config, training_config(), 96)
+    parameters = list(model.parameters())
+    assert memory.weights == sum(p.nbytes for p in parameters)
+    assert memory.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    moments = [v for state in optimizer.state.values() for key, v in state.items() if key != "step"]
+    assert memory.optimizer == sum(value.nbytes for value in moments)
+
+
+def held_for_backward(model: LlamaDecoder, rows: Tensor, precision: str) -> int:
+    """Bytes of distinct storages that the forward pass keeps for the backward pass, parameters aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
+    ):
+        loss = model(rows[:, :-1], rows[:, 1:])
+    head = [gradient for gradient in loss.grad_fn.gradients if gradient is not None]
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) + sum(gradient.nbytes for gradient in head)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_activations_are_within_a_fifth_of_what_autograd_keeps(shape: str, precision: str) -> None:
+    config = model_config(shape)
+    rows = torch.randint(0, config.known_vocab_size, (4, 97))
+    measured = held_for_backward(LlamaDecoder(config), rows, precision)
+    training = training_config(micro_batch_size=4, precision=precision, parallel={"processes_per_node": 1})
+    assert estimate.activation_bytes(config, training, 96) == pytest.approx(measured, rel=0.2)
+
+
+def test_degrees_divide_what_they_should() -> None:
+    config = model_config("untied, deeper")
+    whole = estimate.estimate_memory(config, training_config(parallel={"processes_per_node": 1}), 96)
+    split = estimate.estimate_memory(config, training_config(parallel={"processes_per_node": 4, "tensor": 4}), 96)
+    assert split.weights * 4 == pytest.approx(whole.weights, abs=4)
+    assert split.activations * 4 == pytest.approx(whole.activations, abs=4)
+    copies = estimate.estimate_memory(config, training_config(parallel={"processes_per_node": 4}), 96)
+    assert copies == whole  # a copy of the model a process: data parallelism saves nothing here
+
+
+def test_the_published_run_in_figures() -> None:
+    llama2_7b = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        max_sequence_length=4096,
+    )
+    training = training_config(
+        steps=429_153,
+        global_batch_size=1024,
+        micro_batch_size=1,
+        parallel={"nodes": 128, "processes_per_node": 32, "tensor": 8},
+        precision="bf16-stochastic",
+        accelerator="neuron",
+    )
+    memory = estimate.estimate_memory(llama2_7b, training, 4096)
+    assert memory.weights == pytest.approx(6.738e9 * 2 / 8, rel=1e-3)
+    assert memory.gib < (estimate.device_gib("trn1-core") or 0)  # it did fit
+    flops = estimate.training_flops(llama2_7b, training, 4096)
+    assert flops == pytest.approx(1.8e12 * 6 * 6.607e9 * (1 + 32 * 4096 * 4096 * 12 / (6 * 6.607e9)), rel=0.01)
+    seconds = estimate.training_seconds(flops, 4096, estimate.peak_flops("trn1-core", "bf16-stochastic") or 0, 0.4)
+    assert seconds == pytest.approx(flops / (4096 * 95e12 * 0.4))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", 66.9e12),
+        ("NVIDIA H200", "bf16-mixed", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312e12),
+        ("NVIDIA H100 PCIe", "bf16-mixed", None),
+        ("cpu", "fp32", None),
+        ("NVIDIA GeForce RTX 3090", "fp32", None),
+    ],
+)
+def test_peaks_by_what_torch_calls_the_device(name: str, precision: Any, peak: float | None) -> None:
+    assert estimate.peak_flops(name, precision) == peak
+
+
+def test_memory_of_the_two_a100_boards_differs() -> None:
+    assert estimate.device_gib("NVIDIA A100-SXM4-80GB") == 80
+    assert estimate.device_gib("NVIDIA A100-SXM4-40GB") == 40
+    assert "trn2-core" in estimate.known_devices()
+
+
+@pytest.mark.parametrize("mfu", [0.0, 1.5, -0.1])
+def test_an_impossible_utilisation_is_refused(mfu: float) -> None:
+    with pytest.raises(ValueError, match="mfu"):
+        estimate.training_seconds(1e15, 1, 1e12, mfu)
