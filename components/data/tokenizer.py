@@ -71,7 +71,8 @@ def train_tokenizer(config: TokenizerConfig, output: Path, *, corpus: Manifest) 
         tokenizer, special, template = _load(config, corpus)
     tokenizer.no_truncation()  # a length limit kept in a tokenizer.json would cut documents silently
     tokenizer.no_padding()
-    tokenizer.save(str(output / "tokenizer.json"))
+    # Not `tokenizer.save`: a full disk must raise an OSError that says so.
+    (output / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_config(output, special, template)
     ids = {f"{role}_token_id": tokenizer.token_to_id(name) if name else None for role, name in asdict(special).items()}
     ids.pop("unk_token_id")
@@ -199,7 +200,11 @@ def _chosen(config: TokenizerConfig, tokenizer: Tokenizer, declared: SpecialToke
 
 
 def _write_config(output: Path, special: SpecialTokens, template: str | None) -> None:
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # Llama refuses the token_type_ids of the default
+    }
     config |= {f"{role}_token": name for role, name in asdict(special).items() if name}
     if template is not None:
         config["chat_template"] = template
@@ -211,6 +216,7 @@ def _write_config(output: Path, special: SpecialTokens, template: str | None) ->
 def _bytes_per_token(tokenizer: Tokenizer, corpus: Manifest) -> float:
     """UTF-8 bytes a token stands for, on the beginning of the validation split."""
     size = tokens = 0
+    tokenizer.encode_special_tokens = True  # as in packing
     for batch in read_documents(corpus.path("validation.arrow")):
         tokens += sum(len(encoded.ids) for encoded in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
         size += sum(len(text.encode("utf-8")) for text in batch)

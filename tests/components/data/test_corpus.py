@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -145,6 +146,18 @@ def test_batches_are_bounded(tmp_path: Path) -> None:
     assert [text for batch in batches for text in batch] == texts
     assert max(sum(map(len, batch)) for batch in batches) <= 6_000_000
     assert max(map(len, batches)) <= 4096
+
+
+def fill(path: Path) -> None:
+    with DocumentWriter(path) as writer:
+        for _ in range(20):
+            writer.append("x" * 1_000_000, 1_000_000)
+
+
+def test_a_full_disk_raises_what_run_step_understands() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        fill(Path("/dev/full"))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_file_that_is_no_corpus_is_named(tmp_path: Path) -> None:

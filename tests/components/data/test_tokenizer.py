@@ -56,6 +56,7 @@ def test_trained_folder_is_what_transformers_loads(tokenizer: Manifest, corpus: 
     loaded = AutoTokenizer.from_pretrained(tokenizer.uri)
     encoder = backend(tokenizer)
     assert len(loaded) == tokenizer.counts["vocab_size"] == 1024
+    assert set(loaded("text")) == {"input_ids", "attention_mask"}  # what a Llama's forward takes
     for text in [*HARD, *documents(corpus)]:
         ids = loaded(text, add_special_tokens=False)["input_ids"]
         assert ids == encoder.encode(text, add_special_tokens=False).ids
