@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -76,8 +77,9 @@ def reachable_modules(module: str) -> dict[str, Path]:
 
 @cache
 def code_digest(module: str) -> str:
-    """Digest (16 hex digits) of the sources a step's module reaches and of the libraries that matter."""
-    digest = hashlib.sha256()
+    """Digest (16 hex digits) of the sources a step's module reaches and of what runs them."""
+    # The interpreter too: its syntax tree and its Unicode tables decide the bytes of a corpus.
+    digest = hashlib.sha256(f"python=={sys.version_info.major}.{sys.version_info.minor}".encode())
     for name, path in sorted(reachable_modules(module).items()):
         digest.update(name.encode())
         digest.update(path.read_bytes())

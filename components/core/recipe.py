@@ -219,13 +219,25 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
 
 
 def _fields(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
-    """Field names of the section at a path, following optional and nested models."""
-    current: Any = model
+    """Field names of the section at a path, through optional sections, lists and alternatives told apart by a tag."""
+    sections = [model]
     for part in path:
-        annotation = current.model_fields[part].annotation if part in current.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not nested:
-            return []
-        current = nested[0]
-    return list(current.model_fields)
+        if isinstance(part, int):
+            continue  # an item has the fields of its list's annotation
+        tagged = [s for s in sections if part in _tags(s)]
+        inner = [_sections(s.model_fields[part].annotation) for s in sections if part in s.model_fields]
+        sections = tagged or [nested for found in inner for nested in found]
+    return sorted({name for section in sections for name in section.model_fields})
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Models named anywhere in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [nested for option in getattr(annotation, "__args__", ()) for nested in _sections(option)]
+
+
+def _tags(section: type[BaseModel]) -> tuple[Any, ...]:
+    """Values of a section's `type` field, which pydantic puts into the place of an error."""
+    kind = section.model_fields.get("type")
+    return getattr(kind.annotation, "__args__", ()) if kind else ()

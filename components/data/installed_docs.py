@@ -41,8 +41,12 @@ def find_distributions(names: Sequence[str]) -> list[Distribution]:
 
 
 def installed_versions(names: Sequence[str]) -> list[str]:
-    """`name==version` of each distribution; see `find_distributions` for the error."""
-    return [f"{name}=={found.version}" for name, found in zip(names, find_distributions(names), strict=True)]
+    """`name==version` of each distribution; see `find_distributions` for the error.
+
+    A local version such as torch's `+cpu` is left out: it says how the wheel was built; the documentation is the same.
+    """
+    found = zip(names, find_distributions(names), strict=True)
+    return [f"{name}=={distribution.version.partition('+')[0]}" for name, distribution in found]
 
 
 def read_installed_docs(names: Sequence[str], shortest: int, skipped: Counter[str]) -> Generator[str, None, None]:
