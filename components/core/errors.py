@@ -19,9 +19,11 @@ class UserError(Exception):
 
 _DISK_PROBLEMS = {
     errno.ENOSPC: "the disk is full; free space",
+    errno.EFBIG: "the limit on the size of a file (ulimit -f) is reached; raise it",
     errno.EDQUOT: "the disk quota is used up; free space",
     errno.EROFS: "the file system is read-only; choose a writable folder",
     errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.ENOTDIR: "a part of the path is a file; choose another folder",
     errno.EPERM: "operation not permitted; choose a folder you may write to",
 }
 

@@ -136,22 +136,17 @@ def run_step(
     record = json.loads(section_json)
     name = record["step"]
     os.environ[events.STEP_VARIABLE] = name
-    with _log_file(name):
+    with _log_file(name) as console, _explained(console):
         began = time.monotonic()
-        try:
-            events.emit("started", pid=os.getpid())
-            run = events.run_directory()
-            tracking.record("start", run=run.name if run else "")
-            manifest, reused = _produce(function, name, section_json, record, inputs)
-            _hand_over(manifest, outputs)
-            tracking.record("end", status="FINISHED")
-            summary: dict[str, Any] = {"counts": manifest.counts, "metrics": manifest.metrics, "uri": manifest.uri}
-            events.emit("reused" if reused else "finished", seconds=round(time.monotonic() - began, 3), **summary)
-            return manifest
-        except BaseException as error:
-            known = disk_error(error, Home.current().root) if isinstance(error, OSError) else None
-            _report_failure(known or error)
-            raise SystemExit(USER_ERROR_EXIT if isinstance(known or error, UserError) else 1) from None
+        events.emit("started", pid=os.getpid())
+        run = events.run_directory()
+        tracking.record("start", run=run.name if run else "")
+        manifest, reused = _produce(function, name, section_json, record, inputs)
+        _hand_over(manifest, outputs)
+        tracking.record("end", status="FINISHED")
+        summary: dict[str, Any] = {"counts": manifest.counts, "metrics": manifest.metrics, "uri": manifest.uri}
+        events.emit("reused" if reused else "finished", seconds=round(time.monotonic() - began, 3), **summary)
+        return manifest
 
 
 def _produce(
@@ -280,8 +275,11 @@ def _exclusive(folder: Path, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _log_file(name: str) -> Iterator[None]:
-    """Send this process's output (and its children's) to the step's log file; outside a run leave it alone."""
+def _log_file(name: str) -> Iterator[int]:
+    """Send this process's output (and its children's) to the step's log file; outside a run leave it alone.
+
+    Yields the descriptor of the process's own stderr, for what a log file cannot take.
+    """
     folder = events.run_directory()
     saved: tuple[int, int] | None = None
     if folder is not None:
@@ -298,23 +296,40 @@ def _log_file(name: str) -> Iterator[None]:
     layout = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr, force=True)
     try:
-        yield
+        yield saved[1] if saved is not None else 2
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # what a full disk does not take goes to the console
+                stream.flush()
         if saved is not None:  # a notebook or a test that runs several steps gets its output back
             for number, copy in enumerate(saved, start=1):
                 os.dup2(copy, number)
                 os.close(copy)
 
 
-def _report_failure(error: BaseException) -> None:
+@contextmanager
+def _explained(console: int) -> Iterator[None]:
+    """Report whatever goes wrong inside, then leave with its exit code: 2 for a user's mistake, else 1."""
+    try:
+        yield
+    except BaseException as error:
+        known = disk_error(error, Home.current().root) if isinstance(error, OSError) else None
+        _report_failure(known or error, console)
+        raise SystemExit(USER_ERROR_EXIT if isinstance(known or error, UserError) else 1) from None
+
+
+def _report_failure(error: BaseException, console: int) -> None:
     user = isinstance(error, UserError)
     message = str(error) if user else f"{type(error).__name__}: {error}"
-    if not user:
-        traceback.print_exc()
-    logger.error("%s", message)
-    with suppress(OSError):  # a full disk must not hide the message that says so
-        tracking.record("end", status="FAILED")
+    # A full disk must not hide the message that says so, so nothing here may fail.
     with suppress(OSError):
+        if not user:
+            traceback.print_exc()
+        logger.error("%s", message)
+    with suppress(OSError):
+        tracking.record("end", status="FAILED")
+    try:
         events.emit("failed", kind="user" if user else "crash", message=message)
+    except OSError:
+        with suppress(OSError):
+            os.write(console, f"{message}\n".encode())
