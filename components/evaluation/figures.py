@@ -36,6 +36,19 @@ _STYLE: Any = {
 }
 
 
+def curves(history: Sequence[Mapping[str, Any]], validation: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """The figures of a report by name, `loss` and `learning_rate`; none without a history.
+
+    Args:
+        history: records of `history.jsonl`.
+        validation: `validation` of `evaluation.json`.
+    """
+    if not history:
+        return {}
+    lines = {name: validation[name]["loss"] for name in ("bigram", "unigram") if name in validation}
+    return {"loss": loss_curve(history, lines), "learning_rate": learning_rate_curve(history)}
+
+
 def loss_curve(history: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> str:
     """Training and validation loss by step, with the baselines' loss on the validation split as horizontal lines.
 
@@ -58,7 +71,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], baselines: Mapping[str, flo
             )
         for name, loss in baselines.items():
             axes.axhline(loss, color=_BASELINES.get(name, _INK), linestyle=(0, (5, 3)), label=f"{name} baseline")
-        axes.legend(loc="upper right")
+        figure.legend(loc="outside upper left", ncols=4)  # above the axes, where it hides no line
         return _svg(figure, "Training and validation loss by step")
 
 

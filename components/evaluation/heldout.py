@@ -21,6 +21,7 @@ from modelmill.components.core.uri import local_path
 from modelmill.components.data.loader import open_rows
 from modelmill.components.evaluation.baselines import KneserNeyBigram, UnigramModel, row_losses
 from modelmill.components.evaluation.config import EvaluationConfig
+from modelmill.components.evaluation.figures import curves
 from modelmill.components.evaluation.report import render_report, verdict
 from modelmill.components.evaluation.sampling import (
     FolderCodec,
@@ -41,9 +42,9 @@ Losses = NDArray[np.float64]
 def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest, tokens: Manifest) -> StepResult:
     """Score a model on the test split, compare it with the baselines, let it write, and report.
 
-    Writes `evaluation.json`, `samples.json` and `report.html`. Perplexity is `exp(loss)`; bits per byte are
-    `loss / ln 2 * tokens / bytes`, with the bytes of UTF-8 text the tokens stand for, so that models with different
-    tokenizers can be compared.
+    Writes `evaluation.json`, `samples.json`, `report.html` and its figures (`loss.svg`, `learning_rate.svg`).
+    Perplexity is `exp(loss)`; bits per byte are `loss / ln 2 * tokens / bytes`, with the bytes of UTF-8 text the tokens
+    stand for, so that models with different tokenizers can be compared.
 
     Args:
         config: what to score and what to sample.
@@ -73,7 +74,7 @@ def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest,
         raise UserError(
             "model: its loss on the test split is not finite, so training diverged; lower training.learning_rate"
         )
-    evaluation = {
+    evaluation: dict[str, Any] = {
         "scored": _scored(rows, tokens),
         "scores": _scores(losses, vocab_size, tokens),
         "comparison": {name: _difference(losses["model"], losses[name]) for name in ("bigram", "unigram")},
@@ -90,7 +91,10 @@ def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest,
     samples = _samples(config, decoder, rows[:_PROMPT_ROWS], model, tokens)
     _write_json(output / "evaluation.json", evaluation)
     _write_json(output / "samples.json", samples)
-    (output / "report.html").write_text(render_report(evaluation, samples, _history(model)), encoding="utf-8")
+    figures = curves(_history(model), evaluation["validation"])
+    for name, figure in figures.items():
+        (output / f"{name}.svg").write_text(figure + "\n", encoding="utf-8")
+    (output / "report.html").write_text(render_report(evaluation, samples, figures), encoding="utf-8")
     metrics = _metrics(evaluation)
     _track(output, metrics, tokens)
     logger.info("%s", verdict(evaluation)[1])
@@ -281,8 +285,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 def _track(output: Path, metrics: Mapping[str, float], tokens: Manifest) -> None:
     tracking.log_metrics(metrics)
-    tracking.log_artifact(output / "report.html", "evaluation")
-    tracking.log_artifact(output / "evaluation.json", "evaluation")
-    tracking.log_artifact(output / "samples.json", "evaluation")
+    for file in sorted(output.iterdir()):
+        tracking.log_artifact(file, "evaluation")
     profile = {name: tokens.counts[f"test_{name}"] for name in ("rows", "tokens", "bytes")}
     tracking.log_dataset(name="test", digest=tokens.digest, source=tokens.uri, context="test", profile=profile)

@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelmill.components.evaluation.figures import learning_rate_curve, loss_curve
-
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #12803c; --bad: #c5221f; --flat: #9a6700; }
 @media (prefers-color-scheme: dark) { :root { --good: #5bd48a; --bad: #ff8a80; --flat: #ffc766; } }
@@ -73,14 +71,14 @@ def _against(value: float, other: float) -> str:
 
 
 def render_report(
-    evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]
+    evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], figures: Mapping[str, str]
 ) -> str:
     """The whole page.
 
     Args:
         evaluation: the content of `evaluation.json`.
         samples: the content of `samples.json`.
-        history: records of the model's `history.jsonl`, empty when it has none.
+        figures: `<svg>` elements of `figures.curves`, empty when the model has no history.
     """
     level, sentence = verdict(evaluation)
     parts = [
@@ -90,7 +88,7 @@ def render_report(
         f'<div class="verdict {level}">{_text(sentence)}</div>',
         _cards(evaluation),
         "<h2>Training</h2>",
-        _curves(evaluation, history),
+        _curves(evaluation, figures),
         "<h2>Against the baselines</h2>",
         _scores(evaluation),
         "<h2>Samples</h2>",
@@ -125,15 +123,14 @@ def _cards(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _curves(evaluation: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
-    if not history:
+def _curves(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    if not figures:
         return "<p class=note>The model came without a training history.</p>"
-    validation = evaluation.get("validation") or {}
-    lines = {name: validation[name]["loss"] for name in ("bigram", "unigram") if name in validation}
-    shown = "dashed: the baselines on the validation split" if lines else "no validation split to put baselines on"
+    held_out = bool(evaluation["validation"])
+    shown = "dashed: the baselines on the validation split" if held_out else "no validation split to put baselines on"
     return (
-        f"<figure>{loss_curve(history, lines)}<figcaption>Loss by optimizer step; {shown}.</figcaption></figure>"
-        f"<figure>{learning_rate_curve(history)}<figcaption>Learning rate.</figcaption></figure>"
+        f"<figure>{figures['loss']}<figcaption>Loss by optimizer step; {shown}.</figcaption></figure>"
+        f"<figure>{figures['learning_rate']}<figcaption>Learning rate.</figcaption></figure>"
     )
 
 

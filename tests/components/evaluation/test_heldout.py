@@ -87,7 +87,7 @@ def test_equal_input_gives_equal_bytes(home: Home, tmp_path: Path, small_model: 
         files = sorted((tmp_path / str(number) / "data").iterdir())
         digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
     assert digests[0] == digests[1]
-    assert set(digests[0]) == {"evaluation.json", "samples.json", "report.html"}
+    assert set(digests[0]) == {"evaluation.json", "samples.json", "report.html", "loss.svg", "learning_rate.svg"}
     page = (tmp_path / "0" / "data" / "report.html").read_text()
     assert str(tmp_path) not in page
     assert small_model.trained.uri not in page
@@ -128,7 +128,7 @@ def test_tracking_gets_metrics_report_and_dataset(
     (metrics,) = [record["values"] for record in records if record["type"] == "metrics"]
     assert metrics == result.metrics
     artifacts = [Path(record["path"]).name for record in records if record["type"] == "artifact"]
-    assert artifacts == ["report.html", "evaluation.json", "samples.json"]
+    assert artifacts == ["evaluation.json", "learning_rate.svg", "loss.svg", "report.html", "samples.json"]
     (dataset,) = [record for record in records if record["type"] == "dataset"]
     assert (dataset["context"], dataset["digest"]) == ("test", small_model.tokens.digest)
 

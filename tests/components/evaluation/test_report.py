@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modelmill.components.evaluation.figures import learning_rate_curve, loss_curve
+from modelmill.components.evaluation.figures import curves, learning_rate_curve, loss_curve
 from modelmill.components.evaluation.report import render_report, verdict
 
 EVALUATION: dict[str, Any] = {
@@ -74,7 +74,7 @@ class Page(HTMLParser):
 
 
 def test_page_is_well_formed_and_fetches_nothing() -> None:
-    page = render_report(EVALUATION, [SAMPLE], HISTORY)
+    page = render_report(EVALUATION, [SAMPLE], curves(HISTORY, EVALUATION["validation"]))
     parsed = Page(page)
     assert "<script" not in page
     for tag, name, value in parsed.attributes:
@@ -91,7 +91,7 @@ def test_page_is_well_formed_and_fetches_nothing() -> None:
 def test_sampled_markup_stays_text(field: str) -> None:
     attack = "</div><script>alert(1)</script>\x00\x1b"
     sample = {**SAMPLE, field: attack, "continuations": [{"method": "greedy", "text": attack}]}
-    page = render_report(EVALUATION, [sample], [])
+    page = render_report(EVALUATION, [sample], {})
     Page(page)
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -100,10 +100,14 @@ def test_sampled_markup_stays_text(field: str) -> None:
 
 
 def test_page_without_history_samples_or_validation() -> None:
-    page = render_report({**EVALUATION, "validation": {}}, [], [])
+    page = render_report({**EVALUATION, "validation": {}}, [], {})
     Page(page)
     assert "without a training history" in page
     assert "No samples were asked for" in page
+    without_lines = curves(HISTORY, {})
+    assert "baseline" not in without_lines["loss"]
+    assert "no validation split" in render_report({**EVALUATION, "validation": {}}, [], without_lines)
+    assert curves([], {}) == {}
 
 
 def test_curves_are_the_same_bytes_and_hold_what_they_should() -> None:
