@@ -113,11 +113,16 @@ def headline(view: RunView, chosen: list[str]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for step in view.steps.values():
         for name, value in step.metrics.items():
-            beside = [other for other in step.metrics if other.removesuffix(f"_{name}").isalnum()]
-            judge = any(name.removesuffix(f"_{other}").isalnum() for other in step.metrics if name != other)
-            if f"{step.name}.{name}" in chosen or (not chosen and not judge):
-                compared = [f"{o.removesuffix(f'_{name}')} {number(step.metrics[o])}" for o in beside if o != name]
-                text = f"{number(value)}  ({', '.join(compared)})" if compared else number(value)
-                rows.append((f"{step.name}.{name}", text))
+            compared = {_baseline(other, name): other for other in step.metrics if _baseline(other, name)}
+            judged = any(_baseline(name, other) for other in step.metrics)
+            if f"{step.name}.{name}" in chosen or (not chosen and not judged):
+                beside = ", ".join(f"{label} {number(step.metrics[other])}" for label, other in compared.items())
+                rows.append((f"{step.name}.{name}", f"{number(value)}  ({beside})" if beside else number(value)))
     order = {name: place for place, name in enumerate(chosen)}
     return sorted(rows, key=lambda row: order.get(row[0], 0))
+
+
+def _baseline(metric: str, name: str) -> str:
+    """`bigram` for `bigram_loss` and `loss`; empty when the first is no baseline of the second."""
+    label = metric.removesuffix(f"_{name}")
+    return label if label != metric and label.isalnum() else ""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.core.recipe import suggest
 from modelmill.pipelines.commands.console import as_json, number, print_json, print_table
 
 if TYPE_CHECKING:
@@ -85,6 +84,7 @@ def logs_command(run: str, step: str | None, follow: bool) -> None:
     without it every step is shown, one after the other.
     """
     from modelmill.components.core.home import Home
+    from modelmill.components.core.recipe import suggest
     from modelmill.pipelines.launch.runs import find_run
 
     found = find_run(Home.current(), run)

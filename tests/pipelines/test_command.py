@@ -199,8 +199,8 @@ def test_logs_follow_a_run_to_its_end(tmp_path: Path) -> None:
     assert "==> " in follower.stdout.readline()
     assert follower.poll() is None
     process.terminate()
-    out, _ = follower.communicate(timeout=30)
-    assert follower.returncode == 0
+    out = follower.stdout.read()
+    assert follower.wait(30) == 0
     assert "counting on standard output" in out
     assert process.wait(30) == 143
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from modelmill.components.core.events import read_lines
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.pipelines import catalog
+from modelmill.pipelines.launch import forkserver
 from modelmill.pipelines.launch.local import run_local
 from modelmill.pipelines.launch.runs import Run, all_runs, find_run
 from tests.pipelines.conftest import leftovers, modelmill, recipe, run, states
@@ -141,8 +147,6 @@ def test_a_module_in_the_working_directory_shadows_nothing(tmp_path: Path, monke
 
 
 def test_two_runs_at_once_share_a_home(home: Home) -> None:
-    import threading
-
     results: list[int] = []
     threads = [threading.Thread(target=lambda: results.append(run().exit_code)) for _ in range(2)]
     for thread in threads:
@@ -187,3 +191,64 @@ def test_points_reach_mlflow_and_the_summary_says_where(home: Home, monkeypatch:
     assert len(found) == 5
     assert {each.info.status for each in found} == {"FINISHED"}
     assert [each.data.metrics["loss"] for each in found if "loss" in each.data.metrics] == [4.75]
+
+
+def test_steps_start_by_themselves_where_no_fork_server_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    result = run(count__behaviour="killed")
+    assert "forkclient" not in (result.run.folder / "bin" / "python3").read_text()
+    assert "was killed by SIGKILL" in result.view.steps["count_words"].message
+    assert result.view.steps["write_words"].state == "finished"
+
+
+def test_the_fork_server_gives_every_step_a_process_and_an_environment_of_its_own(tmp_path: Path) -> None:
+    """The server speaks to the client as in a run; the modules it starts only report what they see."""
+    module = tmp_path / "seen.py"
+    module.write_text(
+        "import json, os, random, sys, pathlib\n"
+        "facts = [os.getpid(), os.getcwd(), os.environ.get('ONLY'), random.random(), sys.argv[1:], __name__]\n"
+        "pathlib.Path(sys.argv[1]).write_text(json.dumps(facts))\n"
+        "sys.exit(int(sys.argv[2]))\n"
+    )
+    exits = tmp_path / "exits"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop())\n"
+        "from modelmill.pipelines.launch import forkserver\n"
+        "forkserver._PRELOADED = ('seen_nothing', 'random')\n"
+        "sys.modules['seen_nothing'] = sys.modules['seen'] = sys\n"
+        "forkserver.main()\n"
+    )
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
+        address = Path(short) / "fork"
+        listener.bind(str(address))
+        listener.listen()
+        command = [sys.executable, "-c", code, str(listener.fileno()), str(exits), str(tmp_path)]
+        server = subprocess.Popen(command, pass_fds=(listener.fileno(),))
+        client = [sys.executable, "-I", "-S", str(Path(forkserver.__file__).with_name("forkclient.py"))]
+        codes = []
+        for number in (0, 7):
+            words = ["-m", "seen", str(tmp_path / f"facts{number}"), str(number), "--function_to_execute", "a"]
+            environment = {"PATH": "/usr/bin:/bin", "ONLY": f"for {number}"}
+            done = subprocess.run(
+                [*client, str(address), sys.executable, *words], env=environment, cwd=short, timeout=30
+            )
+            codes.append(done.returncode)
+        server.kill()
+        server.wait()
+        first, second = (json.loads((tmp_path / f"facts{number}").read_text()) for number in (0, 7))
+        assert codes == [0, 7]
+        assert exits.read_text() == "0 a\n7 a\n"
+        assert first[0] != second[0]
+        assert first[1] == short
+        assert (first[2], second[2]) == ("for 0", "for 7")
+        assert first[3] != second[3]
+        assert first[5] == "__main__"
+        # The socket is still there but nobody listens: the client becomes the interpreter itself.
+        listener.close()
+        script = [*client, str(address), sys.executable, "-c", "import os; print(os.getppid())"]
+        alone = subprocess.run(script, capture_output=True, text=True, timeout=30)
+        assert int(alone.stdout) == os.getpid()
