@@ -52,7 +52,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def is_headline(metric: str) -> bool:
-    """Whether a step's metric also goes to the parent run, so that a list of runs compares them."""
+    """Whether a step's metric also goes to the parent run, so that a list of runs compares them.
+
+    Qualities on held-out data do, sizes of the held-out data (`test_rows`) do not.
+    """
+    if metric.endswith(("_bytes", "_documents", "_rows", "_tokens")):
+        return False
     return metric.startswith(("test_", "validation_", "perplexity")) or metric.endswith("bits_per_byte")
 
 

@@ -239,7 +239,7 @@ def _replay(manifest: Manifest) -> None:
         elif kind == "metrics":
             fresh = {n: v for n, v in line["values"].items() if (n, line["step"], v) not in repeated}
             tracking.record(kind, **{**line, "values": fresh})
-        elif kind in ("tags", "artifact", "dataset"):
+        elif kind in ("params", "tags", "artifact", "dataset"):
             if kind == "artifact":
                 line["path"] = line["path"].replace(f"{manifest.key}.partial", manifest.key)
             tracking.record(kind, **line)

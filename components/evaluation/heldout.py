@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from modelmill.components.core import events, tracking
@@ -21,18 +20,7 @@ from modelmill.components.core.uri import local_path
 from modelmill.components.data.loader import open_rows
 from modelmill.components.evaluation.baselines import KneserNeyBigram, UnigramModel, row_losses
 from modelmill.components.evaluation.config import EvaluationConfig
-from modelmill.components.evaluation.figures import curves
 from modelmill.components.evaluation.report import render_report, verdict
-from modelmill.components.evaluation.sampling import (
-    FolderCodec,
-    NextLogits,
-    configured_prompts,
-    continue_prompts,
-    heldout_prompts,
-)
-from modelmill.components.llama.huggingface import load_huggingface
-from modelmill.components.llama.model import LlamaDecoder
-from modelmill.components.training.loss import linear_cross_entropy
 
 logger = logging.getLogger("modelmill")
 _PROMPT_ROWS = 1024  # held-out rows searched for beginnings of documents
@@ -55,10 +43,12 @@ def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest,
     Raises:
         UserError: the test split is empty, the model does not fit the tokens, or its loss is not finite.
     """
-    decoder = load_huggingface(_model_folder(model))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoder = decoder.to(device).eval()
-    _check_fit(decoder, tokens)
+    # Imported here, so that a reused evaluation does not pay for torch and matplotlib.
+    from modelmill.components.evaluation.figures import curves
+    from modelmill.components.evaluation.scoring import load_decoder, model_row_losses, write_samples
+
+    folder = _model_folder(model)
+    decoder = load_decoder(folder, tokens)
     rows, vocab_size = _test_rows(config, tokens), tokens.counts["vocab_size"]
 
     training = open_rows(tokens, "train")
@@ -88,7 +78,7 @@ def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest,
         },
         "provenance": _provenance(model, tokens),
     }
-    samples = _samples(config, decoder, rows[:_PROMPT_ROWS], model, tokens)
+    samples = write_samples(config, decoder, folder, rows[:_PROMPT_ROWS], tokens)
     _write_json(output / "evaluation.json", evaluation)
     _write_json(output / "samples.json", samples)
     figures = curves(_history(model), evaluation["validation"])
@@ -103,21 +93,6 @@ def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest,
     return StepResult("evaluation", counts, metrics, {name: evaluation["provenance"][name] for name in digests})
 
 
-def model_row_losses(decoder: LlamaDecoder, rows: NDArray[np.integer], batch_size: int) -> Losses:
-    """Mean loss of each of the rows [n, T + 1] in nats a token: [n]. Full logits are never held."""
-    device, length = decoder.output_weight.device, rows.shape[1] - 1
-    losses = np.empty(len(rows))
-    with torch.inference_mode():
-        for begin in range(0, len(rows), batch_size):
-            batch = torch.from_numpy(np.asarray(rows[begin : begin + batch_size], dtype=np.int64)).to(device)
-            hidden = decoder.hidden_states(batch[:, :-1])
-            for place, (states, targets) in enumerate(zip(hidden, batch[:, 1:], strict=True)):
-                total = linear_cross_entropy(states, decoder.output_weight, targets, reduction="sum")
-                losses[begin + place] = float(total) / length
-            events.progress("scoring held-out rows", begin + len(batch), len(rows))
-    return losses
-
-
 def _model_folder(model: Manifest) -> Path:
     """The exported model's folder, each of its files verified."""
     names = [entry.path for entry in model.files if entry.path.startswith("model/")]
@@ -126,19 +101,6 @@ def _model_folder(model: Manifest) -> Path:
     for name in names:
         model.path(name)
     return local_path(model.uri) / "model"
-
-
-def _check_fit(decoder: LlamaDecoder, tokens: Manifest) -> None:
-    if decoder.config.known_vocab_size < tokens.counts["vocab_size"]:
-        raise UserError(
-            f"tokens: their vocabulary has {tokens.counts['vocab_size']} tokens, the model's "
-            f"{decoder.config.known_vocab_size}; evaluate with the tokens the model was trained on"
-        )
-    if decoder.config.max_sequence_length < tokens.counts["sequence_length"]:
-        raise UserError(
-            f"packing.sequence_length: {tokens.counts['sequence_length']} is more than the model's "
-            f"{decoder.config.max_sequence_length} positions; pack shorter rows"
-        )
 
 
 def _evenly(rows: NDArray[np.integer], limit: int | None) -> NDArray[np.integer]:
@@ -203,37 +165,6 @@ def _validation(
         name: {"loss": loss, "bits_per_byte": _bits_per_byte(loss, tokens, "validation")}
         for name, loss in losses.items()
     }
-
-
-def _samples(
-    config: EvaluationConfig, decoder: LlamaDecoder, rows: NDArray[np.integer], model: Manifest, tokens: Manifest
-) -> list[dict[str, Any]]:
-    codec, eos = FolderCodec(_model_folder(model)), tokens.metadata.get("eos_token_id")
-    if config.prompts:
-        prompts = configured_prompts(config.prompts, codec, eos)
-    else:
-        prompts = heldout_prompts(
-            rows,
-            codec,
-            num_prompts=config.num_prompts,
-            prompt_tokens=config.prompt_tokens,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=eos,
-        )
-    events.progress("writing samples")
-    context_length = decoder.config.max_sequence_length
-    logits = _next_logits(decoder, tokens.counts["vocab_size"])
-    return continue_prompts(prompts, logits, codec, config, context_length=context_length, eos_token_id=eos)
-
-
-def _next_logits(decoder: LlamaDecoder, vocab_size: int) -> NextLogits:
-    weight = decoder.output_weight[:vocab_size]  # a padded vocabulary has rows that mean nothing
-
-    def logits(context: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            return decoder.hidden_states(torch.tensor([context], device=weight.device))[0, -1] @ weight.T
-
-    return logits
 
 
 def _history(model: Manifest) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ def write(config: Config, output: Path, **upstream: Manifest) -> StepResult:
     (output.parent / "checkpoints").mkdir(exist_ok=True)
     (output.parent / "checkpoints" / "1").write_text("scratch")
     (output.parent / "note").write_text("scratch")
+    tracking.log_params({"letters": len(config.text)})
     tracking.log_metrics({"loss": 1.0}, step=len(CALLS))
     tracking.log_artifact(output / "text.txt")
     print("said on stdout")
@@ -198,7 +199,7 @@ def test_a_run_sees_events_log_and_spool(home: Home, make_run: Any) -> None:
     assert "said on stdout" in log
     assert "said by a child" in log
     spool = [record for _, record in read_lines(folder.path / "spool" / "write.jsonl")]
-    assert [record["type"] for record in spool] == ["start", "params", "metrics", "artifact", "end"]
+    assert [record["type"] for record in spool] == ["start", "params", "params", "metrics", "artifact", "end"]
     assert spool[1]["values"] == {"text": "hello", "fail": ""}
 
 
@@ -222,6 +223,7 @@ def test_a_reused_step_shows_its_points_and_where_they_are_from(home: Home, make
     original = {record["type"]: record for _, record in read_lines(first.path / "spool" / "write.jsonl")}
     replayed = {record["type"]: record for _, record in read_lines(second.path / "spool" / "write.jsonl")}
     assert replayed["metrics"] == original["metrics"], "also the time"
+    assert replayed["params"] == original["params"], "also those the step worked out"
     assert Path(replayed["artifact"]["path"]).read_text() == "hello", "where the file is now"
     assert replayed["tags"]["values"] == {
         "modelmill.reused": "true",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,10 @@ def test_a_corrupt_weight_file_is_refused(home: Home, tmp_path: Path, small_mode
 def test_config_refuses(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         EvaluationConfig(**wrong)
+
+
+def test_a_reused_evaluation_pays_for_nothing_heavy() -> None:
+    """The shell imports the step's module before it knows that there is nothing to do."""
+    code = "import sys, modelmill.components.evaluation.heldout; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "matplotlib", "mlflow", "transformers"} & set(loaded)
