@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -189,22 +188,14 @@ def _store(home: Home) -> Iterator[Finding]:
 
 
 def _spools(home: Home) -> Iterator[Finding]:
-    waiting = []
-    for spool in sorted(home.runs.glob("*/spool")):
-        if any(spool.glob("*.jsonl")) and not _delivered(spool):
-            waiting.append(spool.parent.name)
-    if waiting:
-        text = f"points of {len(waiting)} runs are not in MLflow (last: {waiting[-1]})"
-        yield Finding("warn", "spools", text, "`modelmill ui` delivers them")
+    from modelmill.pipelines.launch.backlog import waiting
+
+    undelivered = waiting(home)
+    if undelivered:
+        text = f"points of {len(undelivered)} runs are not in MLflow (last: {undelivered[-1]})"
+        yield Finding("warn", "spools", text, "`modelmill ui` and the next run deliver them")
     else:
         yield Finding("ok", "spools", "everything is delivered")
-
-
-def _delivered(spool: Path) -> bool:
-    try:
-        return bool(json.loads((spool / ".delivery.json").read_text())["complete"])
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _runs(home: Home) -> Iterator[Finding]:

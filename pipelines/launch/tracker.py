@@ -13,12 +13,15 @@ from typing import Any
 
 from modelmill.components.core import code
 from modelmill.components.core.events import RUN_VARIABLE, append_line
+from modelmill.components.core.home import Home
 from modelmill.components.core.recipe import Recipe
 from modelmill.components.core.tracking import RUN_SPOOL
+from modelmill.pipelines.launch import backlog
 from modelmill.pipelines.launch.runs import Run
 from modelmill.pipelines.launch.watch import RunView
 
 _DELIVERY = "modelmill.components.core.delivery"
+_BACKLOG = "modelmill.pipelines.launch.backlog"
 DELIVERY_SECONDS = 60.0  # wait for MLflow at the end of a run; then the delivery goes on by itself
 _MLFLOW_STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED", "interrupted": "KILLED"}
 
@@ -92,14 +95,20 @@ class Delivery:
         if self._absent:
             return
         # Without the run's variable it is none of the run's processes: a cancelled run is delivered too.
-        own = {key: value for key, value in environment.items() if key != RUN_VARIABLE}
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", _DELIVERY, str(run.folder), "--follow"],
+        self._environment = {key: value for key, value in environment.items() if key != RUN_VARIABLE}
+        earlier = backlog.waiting(Home(run.folder.parent.parent))
+        self.process = self._start(self._log, _DELIVERY, str(run.folder), "--follow")
+        if earlier:
+            self._start(run.folder / "backlog.log", _BACKLOG)
+
+    def _start(self, path: Path, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with path.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=own,
+                env=self._environment,
                 start_new_session=True,
             )
 

@@ -248,11 +248,11 @@ class LiveTable:
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         for step in self._view.steps.values() if self._view else ():
             style = self._STYLES[step.state]
-            bar = ""
+            bar: ProgressBar | str = ""
             if step.state == "running" and step.total:
                 bar = ProgressBar(total=step.total, completed=step.done or 0.0, width=20)
-            cells = [Text(step.name, style), Text(step.state, style), Text(duration(step.elapsed)), bar]
-            table.add_row(*cells, Text(step.message, overflow="ellipsis", no_wrap=True))
+            message = Text(step.message, overflow="ellipsis", no_wrap=True)
+            table.add_row(Text(step.name, style), Text(step.state, style), duration(step.elapsed), bar, message)
         return Group(table, *(Text(note, "dim") for note in self._notes))
 
 

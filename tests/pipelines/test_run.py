@@ -18,10 +18,10 @@ from modelmill.components.core.events import read_lines
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.pipelines import catalog
-from modelmill.pipelines.launch import forkserver
+from modelmill.pipelines.launch import backlog, forkserver
 from modelmill.pipelines.launch.local import run_local
 from modelmill.pipelines.launch.runs import Run, all_runs, find_run
-from tests.pipelines.conftest import leftovers, modelmill, recipe, run, states
+from tests.pipelines.conftest import COMMAND, leftovers, modelmill, recipe, run, states, wait_for
 
 
 def spool(result_folder: Path, name: str) -> list[dict[str, object]]:
@@ -217,7 +217,7 @@ def test_the_fork_server_gives_every_step_a_process_and_an_environment_of_its_ow
     exits = tmp_path / "exits"
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop())\n"
-        "from modelmill.pipelines.launch import forkserver\n"
+        "from modelmill.pipelines.launch import backlog, forkserver\n"
         "forkserver._PRELOADED = ('seen_nothing', 'random')\n"
         "sys.modules['seen_nothing'] = sys.modules['seen'] = sys\n"
         "forkserver.main()\n"
@@ -252,3 +252,70 @@ def test_the_fork_server_gives_every_step_a_process_and_an_environment_of_its_ow
         script = [*client, str(address), sys.executable, "-c", "import os; print(os.getppid())"]
         alone = subprocess.run(script, capture_output=True, text=True, timeout=30)
         assert int(alone.stdout) == os.getpid()
+
+
+def test_a_server_that_is_down_costs_no_run_and_no_point(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead)
+    done = modelmill("run", "words")
+    assert done.returncode == 0, done.stderr
+    assert f"{dead} cannot be used" in done.stdout
+    assert backlog.waiting(home) == [all_runs(home)[0].id]
+
+
+def test_the_next_run_delivers_what_an_earlier_one_left(home: Home) -> None:
+    left = run()
+    assert backlog.waiting(home) == [left.run.id]
+    assert modelmill("run", "words").returncode == 0
+    wait_for(lambda: not backlog.waiting(home))
+
+
+def on_small_disk(tmp_path: Path, kibibytes: int, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script with MODELMILL_HOME on a file system of its own, which `$DISK` names."""
+    disk = tmp_path / "disk"
+    disk.mkdir(exist_ok=True)
+    mount = f"mount -t tmpfs -o size={kibibytes}k tmpfs {disk} || exit 77; export MODELMILL_HOME={disk}/home; {script}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", mount]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("no unshare on this machine")
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this machine lets nobody mount a file system")
+    return done
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ("head -c 1M /dev/zero > {disk}/fill", "the disk is full"),
+        ("mount -o remount,ro {disk}", "the file system is read-only"),
+    ],
+    ids=["full", "read-only"],
+)
+def test_a_disk_that_refuses_is_one_line_before_anything_starts(tmp_path: Path, trouble: str, words: str) -> None:
+    disk = tmp_path / "disk"
+    script = (
+        f"{trouble.format(disk=disk)} 2>/dev/null; {' '.join(COMMAND)} run words; code=$?; ls -A {disk}; exit $code"
+    )
+    done = on_small_disk(tmp_path, 64, script)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"MODELMILL_HOME: cannot write {disk}/home" in done.stderr
+    assert words in done.stderr
+    assert "runs" not in done.stdout
+
+
+def test_a_disk_that_fills_up_during_a_step_is_the_users_to_mend(tmp_path: Path) -> None:
+    script = (
+        f"{' '.join(COMMAND)} run words --set count.behaviour=fill; code=$?; find $MODELMILL_HOME/store; exit $code"
+    )
+    done = on_small_disk(tmp_path, 4096, script)
+    assert done.returncode == 2
+    assert "count_words: MODELMILL_HOME: cannot write" in done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "write_words/" in done.stdout
+    assert not any("count_words" in line and line.endswith("count.txt") for line in done.stdout.splitlines())

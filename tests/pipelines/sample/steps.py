@@ -30,7 +30,7 @@ class WordsConfig(Section):
 class CountConfig(Section):
     """What the second step does."""
 
-    behaviour: Literal["count", "mistake", "crash", "killed", "sleep", "family", "leave"] = "count"
+    behaviour: Literal["count", "mistake", "crash", "killed", "sleep", "family", "leave", "fill"] = "count"
     fail_while: str = Field("", description="Fail as long as this file exists.")
     scratch: str = Field("", description="Where the step notes the processes it started.")
 
@@ -77,6 +77,8 @@ def count_words(config: CountConfig, output: Path, *, words: Manifest) -> StepRe
     if config.fail_while and Path(config.fail_while).exists():
         raise RuntimeError(f"{config.fail_while} exists")
     _behave(config)
+    if config.behaviour == "fill":
+        (output / "count.txt").write_bytes(bytes(2**24))
     text = words.path("words.txt").read_text()
     (output / "count.txt").write_text(str(len(text)))
     loss = len(text) / len(text.split())
