@@ -387,7 +387,7 @@ def test_mlflow_run_id_is_logged_into_and_left_open(
 ) -> None:
     """KFP's MLflow plugin opens and closes the outer run; ours nest below it."""
     client = client_of(store_home)
-    outer = client.create_run(client.create_experiment("kfp"), run_name="outer")
+    outer = client.create_run(client.create_experiment("kfp", store_home.artifact_root.as_uri()), run_name="outer")
     monkeypatch.setenv("MLFLOW_RUN_ID", outer.info.run_id)
     run = make_run(store_home)
     run.record("train", "start")  # a pod holds one step and no spool of the run
@@ -446,7 +446,7 @@ def test_misuse_is_one_line(home: Home, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_deleted_experiment_is_named(store_home: Home, make_run: MakeRun) -> None:
     client = client_of(store_home)
-    client.delete_experiment(client.create_experiment("tests"))
+    client.delete_experiment(client.create_experiment("tests", store_home.artifact_root.as_uri()))
     run = make_run(store_home)
     small_run(run)
     report = delivery.DeliveryReport("")
