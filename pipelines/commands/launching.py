@@ -78,7 +78,9 @@ def _summarise(result: RunResult) -> None:
     rows = []
     for step in view.steps.values():
         state = "skipped" if step.state == "waiting" and result.state == "succeeded" else step.state
-        rows.append((step.name, state, duration(step.elapsed), step.message if step.state == "failed" else ""))
+        rows.append(
+            (step.name, state, duration(step.elapsed), step.message if step.state in ("failed", "cancelled") else "")
+        )
     print_table(rows, indent=2)
     if lines := headline(view, run.record.headline):
         click.echo()
@@ -112,12 +114,15 @@ def headline(view: RunView, chosen: list[str]) -> list[tuple[str, str]]:
     """The chosen metrics (all without a choice); baselines (`bigram_loss` for `loss`) stand beside what they judge."""
     rows: list[tuple[str, str]] = []
     for step in view.steps.values():
-        for name, value in step.metrics.items():
-            compared = {_baseline(other, name): other for other in step.metrics if _baseline(other, name)}
-            judged = any(_baseline(name, other) for other in step.metrics)
-            if f"{step.name}.{name}" in chosen or (not chosen and not judged):
-                beside = ", ".join(f"{label} {number(step.metrics[other])}" for label, other in compared.items())
-                rows.append((f"{step.name}.{name}", f"{number(value)}  ({beside})" if beside else number(value)))
+        shown = [name for name in step.metrics if not chosen or f"{step.name}.{name}" in chosen]
+        for name in shown:
+            if any(_baseline(name, other) for other in shown):
+                continue
+            compared = [
+                f"{label} {number(step.metrics[other])}" for other in shown if (label := _baseline(other, name))
+            ]
+            value = number(step.metrics[name])
+            rows.append((f"{step.name}.{name}", f"{value}  ({', '.join(compared)})" if compared else value))
     order = {name: place for place, name in enumerate(chosen)}
     return sorted(rows, key=lambda row: order.get(row[0], 0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from modelmill.components.core.events import append_line
@@ -16,14 +17,22 @@ _EXCEPTION = re.compile(r"^[\w.]*(Error|Exception|Exit|Interrupt)\b.*")
 _TAIL = 64 * 1024  # bytes of a log that are searched for the reason
 
 
-def blame(run: Run, view: RunView, *, driver: int = 0, cancelled: str = "") -> str:
+@dataclass(frozen=True)
+class Cancellation:
+    """Why and when a run was told to end; steps that fail from then on are not to blame."""
+
+    reason: str
+    time: float
+
+
+def blame(run: Run, view: RunView, *, driver: int = 0, cancelled: Cancellation | None = None) -> str:
     """Give every step that ended without a word its `failed` event and its end in the spool.
 
     Args:
         run: the run.
         view: its steps, up to date; brought up to date again.
         driver: how the driver ended.
-        cancelled: why the run was cancelled, when it was: the running steps are then not to blame.
+        cancelled: set when the run was cancelled; the steps that ran then count as cancelled too.
 
     Returns:
         What went wrong with the run, in one line; empty when it was cancelled.
@@ -31,9 +40,13 @@ def blame(run: Run, view: RunView, *, driver: int = 0, cancelled: str = "") -> s
     task = _step_of(view.message, view) if view.fault == "step" else None
     for step in view.steps.values():
         silent = step.state == "running" or (step.name == task and not step.settled)
-        if not silent:
+        stopped = cancelled is not None and step.state == "failed" and (step.ended or 0.0) >= cancelled.time
+        if not silent and not stopped:
             continue
-        kind, reason = ("cancelled", cancelled) if cancelled else ("crash", _cause(run, step))
+        if cancelled is None:
+            kind, reason = "crash", _cause(run, step)
+        else:
+            kind, reason = "cancelled", step.message if stopped else cancelled.reason
         event = {"time": time.time(), "step": step.name, "event": "failed", "kind": kind, "message": reason}
         append_line(run.folder / "events.jsonl", event)
         close_step(run, step.name, "KILLED" if cancelled else "FAILED")

@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,12 @@ def _watch_parent(run: Run, lifeline: int, grace: float, orphaned: threading.Eve
     while os.read(lifeline, 1):
         pass
     orphaned.set()
+    since = time.time()
     from modelmill.pipelines.launch.local import abandon
 
     stop_run(run.folder, os.getpid(), grace=grace)
     try:
-        abandon(run)
+        abandon(run, since)
     finally:
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
         os._exit(FAILED)

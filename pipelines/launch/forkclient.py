@@ -18,10 +18,15 @@ def main() -> int:
         os.execv(python, [python, *arguments])
     environment = [key + b"=" + value for key, value in os.environb.items()]
     words = [os.fsencode(word) for word in arguments]
-    connection.sendall(b"\0".join([os.fsencode(os.getcwd()), b"%d" % len(words), *words, *environment]))
-    connection.shutdown(SHUT_WR)
-    answer = connection.recv(16)
-    return int(answer) if answer else 1  # no answer: the server was killed while the step ran
+    try:
+        connection.sendall(b"\0".join([os.fsencode(os.getcwd()), b"%d" % len(words), *words, *environment]))
+        connection.shutdown(SHUT_WR)
+        answer = connection.recv(16)
+    except OSError:
+        answer = b""
+    if not answer:
+        sys.stderr.write("the fork server ended while the step ran\n")
+    return int(answer or b"1")
 
 
 sys.exit(main())

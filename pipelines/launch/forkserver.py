@@ -5,7 +5,8 @@ pydantic, our core. A server that has done this once forks the same process in m
 might want to configure first (no torch, no numpy), starts no thread, and each child takes over the arguments, the
 environment and the working directory the step was started with, so that to the step nothing is different.
 
-The other half is `forkclient`, which kfp starts instead of `python3`. Linux only; elsewhere a step starts by itself.
+The other half is `forkclient`, which kfp starts instead of `python3`. When the driver is killed, the server and the
+steps end with it. Linux only; elsewhere a step starts by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
+from modelmill.pipelines.launch.processes import die_with_parent
+
 _PRELOADED = ("kfp.dsl.executor_main", "modelmill.components.core.step")
+_MODULE = "modelmill.pipelines.launch.forkserver"
 _LONGEST_ADDRESS = 100  # bytes; Unix sockets take 108
 
 
@@ -40,7 +44,7 @@ def start(address: Path, log: Path, exits: Path) -> subprocess.Popen[bytes] | No
         listener.listen()  # from now on a client waits, however long the imports take
         descriptor = listener.fileno()
         return subprocess.Popen(
-            [sys.executable, "-m", "modelmill.pipelines.launch.forkserver", str(descriptor), str(exits)],
+            [sys.executable, "-m", _MODULE, str(descriptor), str(exits), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -53,14 +57,18 @@ def _serve(listener: socket.socket, exits: Path) -> list[str]:
     """Answer requests for ever; returns, in the process of a step, the arguments of that step."""
     while True:
         connection, _ = listener.accept()
+        server = os.getpid()
         if os.fork():
             connection.close()  # the child answers; SIGCHLD is ignored, so it leaves no zombie
             continue
         listener.close()
+        die_with_parent(signal.SIGTERM, server)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        waiter = os.getpid()
         directory, arguments, environment = _receive(connection)
         step = os.fork()
         if step == 0:
+            die_with_parent(signal.SIGTERM, waiter)
             connection.close()
             os.chdir(directory)
             os.environ.clear()
@@ -96,6 +104,7 @@ def _component(arguments: list[str]) -> str:
 def main() -> None:
     """Import, then serve; a forked step goes on here and ends like any Python process."""
     listener, exits = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
+    die_with_parent(signal.SIGKILL, int(sys.argv[3]))
     for name in _PRELOADED:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

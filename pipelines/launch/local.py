@@ -31,7 +31,7 @@ from modelmill.components.core.step import FINISHED_VARIABLE, FRESH_VARIABLE, RE
 from modelmill.pipelines import catalog as catalogs
 from modelmill.pipelines import plan
 from modelmill.pipelines.launch import tracker
-from modelmill.pipelines.launch.causes import blame
+from modelmill.pipelines.launch.causes import Cancellation, blame
 from modelmill.pipelines.launch.processes import GRACE, run_processes, stop_run
 from modelmill.pipelines.launch.runs import Run, RunRecord, all_runs, new_run_id
 from modelmill.pipelines.launch.watch import Display, RunView, Silent
@@ -64,6 +64,7 @@ class _Signals:
     """Signals the command received since it took them over."""
 
     received: list[int] = field(default_factory=list)
+    since: float = 0.0  # time of the first one
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -79,6 +80,7 @@ class _Signals:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.since = self.since or time.time()
         self.received.append(number)
 
 
@@ -328,7 +330,7 @@ class _Launch:
         if self.signals.received:
             number = self.signals.received[0]
             reason = f"cancelled by {signal.Signals(number).name}"
-            blame(self.run, self.view, cancelled=reason)
+            blame(self.run, self.view, cancelled=Cancellation(reason, self.signals.since))
             return "cancelled", 128 + number, reason
         message = blame(self.run, self.view, driver=returncode)
         faults = {step.fault for step in self.view.failed} | {self.view.fault}
@@ -358,11 +360,11 @@ def mark(run: Run, state: str, code: int | None, message: str) -> None:
         raise (disk_error(error, run.folder) or error) from None
 
 
-def abandon(run: Run) -> None:
-    """Write the end of a run whose command was killed; called by the driver after it ended the steps."""
+def abandon(run: Run, since: float) -> None:
+    """Write the end of a run whose command was killed at a time; called by the driver after it ended the steps."""
     view = RunView(run.folder, run.record.steps)
     view.refresh()
     reason = "the modelmill command was killed"
-    blame(run, view, cancelled=reason)
+    blame(run, view, cancelled=Cancellation(reason, since))
     tracker.conclude(run, tracker.outputs(view), "cancelled")
     mark(run, "cancelled", None, reason)

@@ -31,9 +31,19 @@ def keep_tree_together() -> None:
     The parent freezes this process before it ends the run; killed just then, it could not thaw it again. (Linux only.)
     """
     if sys.platform == "linux":
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-        prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
+def die_with_parent(number: int, parent: int) -> None:
+    """Receive a signal when the parent dies, or now when it is gone already (Linux only)."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def reap_orphans() -> None:

@@ -21,7 +21,7 @@ class StepView:
 
     Attributes:
         state: `waiting`, `running`, `finished`, `reused`, `failed` or `cancelled`.
-        began: time of its last start; seconds: its duration once it has ended.
+        began, ended: times of its last start and end; seconds: its duration once it has ended.
         message, done, total: its last progress report, or the reason of its failure.
         fault: `user`, `crash` or `cancelled` when it failed.
     """
@@ -29,6 +29,7 @@ class StepView:
     name: str
     state: str = "waiting"
     began: float | None = None
+    ended: float | None = None
     seconds: float | None = None
     message: str = ""
     done: float | None = None
@@ -86,8 +87,9 @@ class RunView:
         elif kind == "failed":
             step.fault, step.message = event.get("kind", "crash"), event.get("message", "")
             step.state = "cancelled" if step.fault == "cancelled" else "failed"
-        if step.settled and step.began is not None:
-            step.seconds = event["time"] - step.began
+        if step.settled and kind != "progress":
+            step.ended = event["time"]
+            step.seconds = None if step.began is None else step.ended - step.began
         return step
 
     @property

@@ -34,6 +34,17 @@ def driver_of(command: subprocess.Popen[str]) -> psutil.Process:
     return next(child for child in children if "modelmill.pipelines.launch.driver" in child.cmdline())
 
 
+def test_a_step_that_ends_by_itself_when_told_to_counts_as_cancelled(home: Home, tmp_path: Path) -> None:
+    """As training does: on SIGTERM it saves a checkpoint and says that it was stopped."""
+    process = start(tmp_path, behaviour="graceful", grace="10")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "count_words  cancelled" in out
+    assert "stopped after saving" in out
+    assert all_runs(home)[-1].state == "cancelled"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_every_process(home: Home, tmp_path: Path, number: int, code: int) -> None:
     process = start(tmp_path)
@@ -105,11 +116,11 @@ def test_a_killed_driver_fails_the_run_and_leaves_nothing(home: Home, tmp_path: 
 
 def test_a_power_cut_shows_as_interrupted_and_can_be_resumed(home: Home, tmp_path: Path) -> None:
     process = start(tmp_path, behaviour="sleep")
-    driver, step = driver_of(process), psutil.Process(noted(tmp_path)[0])
-    for victim in (process, driver, step):
+    driver = driver_of(process)
+    for victim in (process, driver):
         victim.kill()
     process.communicate()
-    wait_for(lambda: not driver.is_running() and not living([step.pid]))
+    wait_for(lambda: not driver.is_running() and not living(noted(tmp_path)) and not leftovers(home))
     run = all_runs(home)[-1]
     assert run.state == "interrupted"
     assert run.seconds is None

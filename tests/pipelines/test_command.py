@@ -19,6 +19,7 @@ from modelmill.components.core.home import Home
 from modelmill.pipelines import plan
 from modelmill.pipelines.cli import cli
 from modelmill.pipelines.commands.console import number
+from modelmill.pipelines.commands.launching import headline
 from modelmill.pipelines.launch.watch import RunView, StepView, duration
 from tests.pipelines.conftest import COMMAND, modelmill, recipe, run, wait_for
 
@@ -297,3 +298,14 @@ def test_a_retried_step_starts_over_in_the_view(tmp_path: Path) -> None:
     assert (view.steps["a"].state, view.steps["a"].seconds) == ("finished", 2.0)
     assert view.steps["b"] == StepView("b")
     assert not view.complete
+
+
+def test_the_headline_puts_baselines_beside_what_they_judge(tmp_path: Path) -> None:
+    metrics = {"loss": 3.0, "bigram_loss": 4.0, "seconds": 2.0, "validation_loss": 3.1}
+    view = RunView(tmp_path, ["a"])
+    view.steps["a"].metrics = metrics
+    assert headline(view, ["a.seconds", "a.bigram_loss", "a.loss"]) == [
+        ("a.seconds", "2"),
+        ("a.loss", "3  (bigram 4)"),
+    ]
+    assert headline(view, []) == [("a.loss", "3  (bigram 4, validation 3.1)"), ("a.seconds", "2")]

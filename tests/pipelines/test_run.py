@@ -226,7 +226,7 @@ def test_the_fork_server_gives_every_step_a_process_and_an_environment_of_its_ow
         address = Path(short) / "fork"
         listener.bind(str(address))
         listener.listen()
-        command = [sys.executable, "-c", code, str(listener.fileno()), str(exits), str(tmp_path)]
+        command = [sys.executable, "-c", code, str(listener.fileno()), str(exits), str(os.getpid()), str(tmp_path)]
         server = subprocess.Popen(command, pass_fds=(listener.fileno(),))
         client = [sys.executable, "-I", "-S", str(Path(forkserver.__file__).with_name("forkclient.py"))]
         codes = []

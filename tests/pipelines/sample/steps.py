@@ -30,7 +30,7 @@ class WordsConfig(Section):
 class CountConfig(Section):
     """What the second step does."""
 
-    behaviour: Literal["count", "mistake", "crash", "killed", "sleep", "family", "leave", "fill"] = "count"
+    behaviour: Literal["count", "mistake", "crash", "killed", "sleep", "family", "leave", "fill", "graceful"] = "count"
     fail_while: str = Field("", description="Fail as long as this file exists.")
     scratch: str = Field("", description="Where the step notes the processes it started.")
 
@@ -98,10 +98,18 @@ def _behave(config: CountConfig) -> None:
         for done in range(600):
             events.progress("sleeping", done, 600)
             time.sleep(0.1)
+    if config.behaviour == "graceful":
+        signal.signal(signal.SIGTERM, _stop)
+        _note(config, os.getpid())
+        time.sleep(600)
     if config.behaviour in ("family", "leave"):
         _start_family(config)
     if config.behaviour == "family":
         time.sleep(600)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise RuntimeError("stopped after saving")
 
 
 def _start_family(config: CountConfig) -> None:
