@@ -15,14 +15,15 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
 from modelmill.components.core.recipe import Recipe, suggest
 from modelmill.components.training import estimate
+from modelmill.components.training.config import TrainingConfig
 from modelmill.pipelines.plan import StepPlan
 
 CPU = "cpu"
 # Devices the cluster accelerators stand for when none is named: those of the published runs the presets follow.
 _TYPICAL = {"cuda": "h100", "neuron": "trn1-core"}
 # Model FLOPs utilisation assumed without a measured run: dense decoders reach 0.3 to 0.5 on GPUs (arXiv:2407.21783,
-# table 4: 0.38 to 0.43); small matrices on a CPU stay further below what a large product reaches.
-_MFU = {CPU: 0.25}
+# table 4: 0.38 to 0.43); the demo's small matrices reached 0.32 of a large product on a busy 2-core machine.
+_MFU = {CPU: 0.3}
 _USUAL_MFU = 0.4
 _MATRIX_PRODUCT = """
 import time, numpy
@@ -107,15 +108,7 @@ def outlook(
     )
     gib = estimate.device_gib(name)
     return Outlook(
-        layout={
-            "nodes": parallel.nodes,
-            "processes_per_node": parallel.processes_per_node,
-            "tensor": parallel.tensor,
-            "pipeline": parallel.pipeline,
-            "data": parallel.data_degree,
-            "micro_batch_size": training.micro_batch_size,
-            "accumulation_steps": training.accumulation_steps,
-        },
+        layout=_layout(training),
         devices=parallel.world_size,
         parameters=model.num_parameters(),
         tokens_per_step=tokens_per_step,
@@ -133,6 +126,19 @@ def outlook(
         cost=None if price_per_hour is None or seconds is None else price_per_hour * parallel.nodes * seconds / 3600,
         assumptions=assumptions,
     )
+
+
+def _layout(training: TrainingConfig) -> dict[str, int]:
+    parallel = training.parallel
+    return {
+        "nodes": parallel.nodes,
+        "processes_per_node": parallel.processes_per_node,
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "data": parallel.data_degree,
+        "micro_batch_size": training.micro_batch_size,
+        "accumulation_steps": training.accumulation_steps,
+    }
 
 
 def _with_vocabulary(recipe: Recipe, model: Any, steps: Sequence[StepPlan], assumptions: list[str]) -> Any:
@@ -168,7 +174,7 @@ def _seconds(
     share = mfu or _MFU.get(device, _USUAL_MFU)
     if device == CPU:
         peak, devices = _measured_cpu_flops(), 1  # the processes share one CPU
-        source = f"this CPU's {peak / 1e9:.0f} GFLOP/s, just measured on a matrix product"
+        source = f"this CPU's {peak / 1e9:.0f} GFLOP/s, measured now with a matrix product on one core"
     else:
         peak = estimate.peak_flops(device, precision) or 0.0
         source = f"{devices} x {device} at {peak / 1e12:.4g} TFLOP/s dense peak ({precision})"
@@ -178,16 +184,17 @@ def _seconds(
 
 
 def _measured_cpu_flops() -> float:
-    """FLOP/s of a square fp32 matrix product on all cores, 0 without numpy.
+    """FLOP/s of fp32 matrix products on all cores, 0 without numpy.
 
-    Measured in a process of its own, since the number of threads is fixed when numpy is imported. The best of
-    several products leaves out what other programs took meanwhile.
+    Measured on one core and multiplied: the best of several products on one core is hardly disturbed by what else
+    runs, while threads of one product wait for each other. In a process of its own, since the number of threads is
+    fixed when numpy is imported.
     """
-    cores = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    environment = {**os.environ, "OMP_NUM_THREADS": cores, "OPENBLAS_NUM_THREADS": cores, "MKL_NUM_THREADS": cores}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _MATRIX_PRODUCT]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-    return float(done.stdout) if done.returncode == 0 else 0.0
+    return cores * float(done.stdout) if done.returncode == 0 else 0.0
 
 
 def _measured_pace(recipe: Recipe, home: Home, assumptions: list[str]) -> float | None:
