@@ -51,7 +51,8 @@ def test_resolved_recipe_is_the_recipe(name: str) -> None:
 def test_plan_explains_every_recipe_and_touches_nothing(name: str, here: Path) -> None:
     result = CliRunner().invoke(cli, ["plan", name, "--json"])
     assert result.exit_code == 0, result.output
-    assert {step["step"] for step in json.loads(result.stdout)["steps"]} == {s.name for s in catalog.load(name).steps()}
+    planned = [step["step"] for step in json.loads(result.stdout)["steps"]]
+    assert planned == [step.name for step in catalog.load(name).steps()]
     assert not list(here.iterdir())
 
 

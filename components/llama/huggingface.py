@@ -6,12 +6,9 @@ A checkpoint folder holds `config.json` and either `model.safetensors` or shards
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import struct
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -126,48 +123,6 @@ def export_huggingface(
     config = {**model.config.to_huggingface(), **special, "dtype": name, "torch_dtype": name}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
     _write_json(folder / "config.json", config)
-
-
-def weights_digest(folder: Path | str) -> str:
-    """SHA-256, as hex, over the name, dtype, shape and bytes of every tensor, in the order of the names.
-
-    Two checkpoints with equal weights have equal digests however they are split into shards. The files are read
-    without torch and in constant memory.
-
-    Raises:
-        UserError: there are no safetensors in `folder`, or a file is corrupt or truncated.
-    """
-    folder = Path(folder)
-    tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
-    for name in _weight_files(folder):
-        path = folder / name
-        for tensor, entry, offset in _header(path):
-            begin, end = entry["data_offsets"]
-            tensors[tensor] = (path, entry["dtype"], entry["shape"], offset + begin, end - begin)
-    digest = hashlib.sha256()
-    for tensor in sorted(tensors):
-        path, dtype, shape, offset, remaining = tensors[tensor]
-        digest.update(json.dumps([tensor, dtype, shape]).encode())
-        with path.open("rb") as file:
-            file.seek(offset)
-            while remaining:
-                block = file.read(min(remaining, 1 << 20))
-                digest.update(block)
-                remaining -= len(block)
-    return digest.hexdigest()
-
-
-def _header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Name, entry and absolute offset of the data section, for each tensor of a safetensors file."""
-    try:
-        with _open(path), path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            entries = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error) as error:
-        raise UserError(f"{path.parent}: {path.name} cannot be read ({error}); copy it again") from error
-    for tensor, entry in entries.items():
-        if tensor != "__metadata__":
-            yield tensor, entry, 8 + length
 
 
 def _open(path: Path) -> Any:

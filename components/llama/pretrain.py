@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from modelmill.components.core import tracking
 from modelmill.components.core.manifest import Manifest, canonical_json
 from modelmill.components.core.step import StepResult, step_options
+from modelmill.components.core.weights import weights_digest
 from modelmill.components.llama.config import LlamaConfig, PretrainConfig
 from modelmill.components.training.config import TrainingConfig, check_run
 from modelmill.components.training.launch import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 MODULE = "modelmill.components.llama.pretrain"
 HISTORY = "history.jsonl"
+SERIES = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "grad_norm", "validation_loss")
 logger = logging.getLogger("modelmill")
 
 
@@ -65,9 +67,7 @@ def pretrain(
     shutil.rmtree(output / "model", ignore_errors=True)  # an export that was cut off
     for split in ("train", "validation"):
         tokens.path(f"{split}.bin")  # verified once here; the ranks find it verified
-    summary = _describe(model, training, tokens)
-    logger.info("%s", ", ".join(f"{name} {value:,}" for name, value in summary.items()))
-    tracking.log_params(summary)
+    _announce(model, training, tokens)
     job = TrainingJob(
         module=MODULE,
         spec={
@@ -80,8 +80,28 @@ def pretrain(
         scratch=output.parent.absolute(),
     )
     result = place.launch(job)
+    tracking.log_artifact(output / HISTORY)
+    # Throughput and losses are series already; a second last point would double them.
+    summary = {name: value for name, value in result.metrics.items() if name not in SERIES}
+    tracking.log_metrics(summary, step=training.steps)
     metadata = {**result.metadata, "dataset_digest": tokens.digest, "tokenizer_digest": tokenizer.digest}
     return StepResult(kind="model", counts=result.counts, metrics=result.metrics, metadata=metadata)
+
+
+def _announce(model: LlamaConfig, training: TrainingConfig, tokens: Manifest) -> None:
+    """Say and track what is about to be trained, and on what."""
+    summary = _describe(model, training, tokens)
+    logger.info("%s", ", ".join(f"{name} {value:,}" for name, value in summary.items()))
+    tracking.log_params(summary)
+    digests = {entry.path: entry.sha256 for entry in tokens.files}
+    for split, context in (("train", "training"), ("validation", "validation")):
+        tracking.log_dataset(
+            name=f"tokens-{split}",
+            digest=digests[f"{split}.bin"],
+            source=tokens.uri,
+            context=context,
+            profile={name: tokens.counts[f"{split}_{name}"] for name in ("rows", "tokens", "bytes")},
+        )
 
 
 def _describe(model: LlamaConfig, training: TrainingConfig, tokens: Manifest) -> dict[str, int]:
@@ -109,7 +129,7 @@ def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
 def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig) -> TrainingResult:
     """What one rank does: build, train, and on rank 0 export."""
     from modelmill.components.data.loader import BatchSource, open_rows
-    from modelmill.components.llama.huggingface import export_huggingface, weights_digest
+    from modelmill.components.llama.huggingface import export_huggingface
     from modelmill.components.llama.model import LlamaDecoder
     from modelmill.components.training.checkpoint import Checkpoints
     from modelmill.components.training.estimate import peak_flops

@@ -58,7 +58,8 @@ def rewrite(figures: dict[str, float]) -> None:
         what, bound = MEANING[name]
         rows[name] = f"| `{name}` | {what} | {value:.3g} | {bound} |"
     ordered = [rows[name] for name in MEANING if name in rows]
-    table = "\n".join([BEGIN, "| figure | what it says | measured | bound |", "| --- | --- | ---: | --- |", *ordered, END])
+    head = ["| figure | what it says | measured | bound |", "| --- | --- | ---: | --- |"]
+    table = "\n".join([BEGIN, *head, *ordered, END])
     README.write_text(text[: text.index(BEGIN)] + table + text[text.index(END) + len(END) :])
 
 

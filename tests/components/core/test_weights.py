@@ -10,8 +10,6 @@ from safetensors.torch import save_file
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.weights import weights_digest
-from modelmill.components.llama import huggingface
-from tests.components.small_model import SmallModel
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(0)}
 
@@ -41,11 +39,6 @@ def test_shards_order_and_metadata_do_not_matter(tmp_path: Path) -> None:
 def test_any_change_of_a_tensor_matters(tmp_path: Path, change: dict[str, torch.Tensor]) -> None:
     before = weights_digest(folder(tmp_path / "before", TENSORS))
     assert weights_digest(folder(tmp_path / "after", {**TENSORS, **change})) != before
-
-
-def test_it_is_the_digest_the_training_step_records(small_model: SmallModel) -> None:
-    exported = Path(small_model.trained.uri) / "model"
-    assert weights_digest(exported) == huggingface.weights_digest(exported)
 
 
 def test_broken_files_are_one_line(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import section
-from modelmill.components.llama.huggingface import load_huggingface, weights_digest
+from modelmill.components.core.weights import weights_digest
+from modelmill.components.llama.huggingface import load_huggingface
 from modelmill.components.llama.pretrain import pretrain
 from tests.components.training.samples import VOCAB, make_tokenizer, make_tokens, pretrain_config
 
@@ -170,6 +171,10 @@ def test_progress_and_points_are_reported(reference: tuple[Workplace, Outcome]) 
         key: value for line in outcome.spool if line["type"] == "params" for key, value in line["values"].items()
     }
     assert (params["world_size"], params["accumulation_steps"], params["vocab_size"]) == (2, 2, VOCAB)
+    datasets = {line["context"]: line for line in outcome.spool if line["type"] == "dataset"}
+    assert datasets["training"]["profile"]["rows"] == 40
+    assert datasets["validation"]["profile"]["rows"] == 10
+    assert [Path(line["path"]).name for line in outcome.spool if line["type"] == "artifact"] == ["history.jsonl"]
     assert "Traceback" not in outcome.log
     assert "Warning" not in outcome.log
 
