@@ -181,4 +181,4 @@ def _digest(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(train, sys.argv))
+    run_rank(train, sys.argv)

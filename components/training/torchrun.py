@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from modelmill.components.training.processes import PARENT_VARIABLE, die_with_parent
+from modelmill.components.training.processes import PARENT_VARIABLE, die_with_parent, leave_now
 
 
 def main(arguments: list[str]) -> int:
@@ -40,4 +40,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave_now(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """The frame of every training process: join the group, run, report how it ended.
 
     if __name__ == "__main__":
-        sys.exit(run_rank(train, sys.argv))
+        run_rank(train, sys.argv)
 
 torch is imported only after the process is tied to its parent and its signals are handled.
 """
@@ -19,13 +19,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from modelmill.components.core.errors import UserError, disk_error
 from modelmill.components.core.step import USER_ERROR_EXIT
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.launch import STOPPED_EXIT, RankFiles, TrainingResult
-from modelmill.components.training.processes import die_with_parent
+from modelmill.components.training.processes import die_with_parent, leave_now
 
 if TYPE_CHECKING:
     import torch
@@ -112,13 +112,17 @@ class RankContext:
 RankFunction = Callable[[RankContext, dict[str, Any], TrainingConfig], TrainingResult]
 
 
-def run_rank(function: RankFunction, arguments: list[str]) -> int:
-    """Run one training process to its exit code.
+def run_rank(function: RankFunction, arguments: list[str]) -> NoReturn:
+    """Run one training process and end it.
 
     Args:
         function: gets the context, the job's spec and the training section; what rank 0 returns is the result.
         arguments: `sys.argv`: the program and the path of the job file.
     """
+    leave_now(_run(function, arguments))
+
+
+def _run(function: RankFunction, arguments: list[str]) -> int:
     die_with_parent()
     files = RankFiles(Path(arguments[1]).parent)
     spec = json.loads(files.job.read_bytes())

@@ -137,4 +137,4 @@ def measure(ranks: RankContext, spec: dict[str, Any], training: TrainingConfig) 
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(measure, sys.argv))
+    run_rank(measure, sys.argv)
