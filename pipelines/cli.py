@@ -5,7 +5,6 @@ Exit codes: 0 everything succeeded, 1 something failed, 2 the user can mend it, 
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import tempfile
@@ -66,21 +65,29 @@ def main() -> None:
     # pydantic looks for plugins in the entry points of every installed distribution: 15 ms for nothing.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     try:
-        code = cli.main(standalone_mode=False, prog_name="modelmill") or 0
+        code = _invoke(sys.argv[1:] or ["--help"])
     except UserError as error:
         code = _complain(str(error), 2)
     except click.ClickException as error:
-        code = _complain(error.format_message().replace("\n", " "), 2)
+        code = _complain(error.format_message(), 2)
     except (KeyboardInterrupt, click.Abort):
         code = _complain("interrupted", 130)
-    except BrokenPipeError:  # `modelmill logs latest | head`
+    except BrokenPipeError:  # the reader has gone, as in `modelmill logs latest | head`
         code = 0
-    except OSError as error:
-        code = 0 if error.errno == errno.EPIPE else _crash(error)
     except Exception as error:
         code = _crash(error)
     _flush()
     sys.exit(code)
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Run the command line; not `cli.main`, which ends with 1 and says nothing when the reader has gone."""
+    try:
+        with cli.make_context("modelmill", arguments) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    return 0
 
 
 def _complain(message: str, code: int) -> int:

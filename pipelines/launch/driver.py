@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -60,13 +61,12 @@ def main() -> None:
     run, lifeline, grace = Run.open(Path(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
     keep_tree_together()
     signal.signal(signal.SIGTERM, _leave)
-    orphaned = threading.Event()
-    watcher = threading.Thread(target=_watch_parent, args=(run, lifeline, grace, orphaned), daemon=True)
+    watcher = threading.Thread(target=_watch_parent, args=(run, lifeline, grace), daemon=True)
     watcher.start()
     try:
         code = _guarded(run)
     finally:
-        if orphaned.is_set():
+        if select.select([lifeline], [], [], 0)[0]:  # closed: the command is gone
             watcher.join()  # it ends this process when it is done
         reap_orphans()
     sys.exit(code)
@@ -188,16 +188,15 @@ def forkclient_path() -> str:
     return str(Path(__file__).with_name("forkclient.py"))
 
 
-def _watch_parent(run: Run, lifeline: int, grace: float, orphaned: threading.Event) -> None:
+def _watch_parent(run: Run, lifeline: int, grace: float) -> None:
     """End the run when the command is gone without a word (SIGKILL): its end of the pipe then closes."""
     while os.read(lifeline, 1):
         pass
-    orphaned.set()
     since = time.time()
     from modelmill.pipelines.launch.local import abandon
 
-    stop_run(run.folder, os.getpid(), grace=grace)
     try:
+        stop_run(run.folder, os.getpid(), grace=grace)
         abandon(run, since)
     finally:
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)

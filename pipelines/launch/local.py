@@ -36,6 +36,7 @@ from modelmill.pipelines.launch.processes import GRACE, run_processes, stop_run
 from modelmill.pipelines.launch.runs import Run, RunRecord, all_runs, new_run_id
 from modelmill.pipelines.launch.watch import Display, RunView, Silent
 
+_TEMPORARY = "modelmill-"
 _POLL = 0.1  # seconds between two looks at the events
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -162,6 +163,8 @@ def resume_local(
     recipe = plan.stored_recipe(run.folder, catalog)
     recipe.check_local()
     os.chdir(old.cwd)
+    if Path(old.temporary).name.startswith(_TEMPORARY):  # left by a power cut
+        shutil.rmtree(old.temporary, ignore_errors=True)
     view = RunView(run.folder, old.steps)
     view.refresh()
     finished = sorted({*old.finished_before, *view.done})
@@ -210,12 +213,16 @@ class _Launch:
     ) -> None:
         self.home, self.recipe, self.options = home, recipe, options
         self.display, self.grace = options.display, options.grace
-        record.started, record.pid = time.time(), os.getpid()
+        self.temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+        record.started, record.pid, record.temporary = time.time(), os.getpid(), str(self.temporary)
         files = {"recipe.yaml": recipe.resolved_yaml(), "sections.json": json.dumps(sections, indent=1) + "\n"}
-        self.run = Run.create(home, record, files)
+        try:
+            self.run = Run.create(home, record, files)
+        except BaseException:
+            self.temporary.rmdir()
+            raise
         self.view = RunView(self.run.folder, record.steps)
         self.signals = _Signals()
-        self.temporary = Path(tempfile.mkdtemp(prefix="modelmill-"))
 
     def execute(self) -> RunResult:
         lock = self.run.hold()

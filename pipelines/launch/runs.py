@@ -44,6 +44,7 @@ class RunRecord:
         headline: `step.metric` names that sum the run up.
         resumed_from: run this one continues.
         finished_before: steps that had finished in the runs this one continues.
+        temporary: folder of its temporary files, gone when the run has ended.
         exit_code: what `modelmill run` returned.
     """
 
@@ -60,6 +61,7 @@ class RunRecord:
     started: float = 0.0
     ended: float | None = None
     pid: int | None = None
+    temporary: str = ""
     exit_code: int | None = None
     message: str = ""
     resumed_from: str | None = None

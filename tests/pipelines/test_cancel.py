@@ -17,7 +17,7 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.events import read_lines
 from modelmill.components.core.home import Home
 from modelmill.pipelines.launch.runs import all_runs
-from tests.pipelines.conftest import COMMAND, leftovers, living, noted, resume, wait_for
+from tests.pipelines.conftest import COMMAND, leftovers, living, noted, resume, states, wait_for
 
 
 def start(scratch: Path, behaviour: str = "family", grace: str = "0.5") -> subprocess.Popen[str]:
@@ -124,6 +124,12 @@ def test_a_power_cut_shows_as_interrupted_and_can_be_resumed(home: Home, tmp_pat
     run = all_runs(home)[-1]
     assert run.state == "interrupted"
     assert run.seconds is None
+    assert Path(run.record.temporary).is_dir()
+    (tmp_path / "wake").touch()
+    done = resume(run)
+    assert done.exit_code == 0
+    assert states(done)["write_words"] == "reused"
+    assert not Path(run.record.temporary).exists()
 
 
 def test_ctrl_c_on_a_terminal_shows_the_table_and_ends_the_run(home: Home, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from modelmill.pipelines import plan
 from modelmill.pipelines.cli import cli
 from modelmill.pipelines.commands.console import number
 from modelmill.pipelines.commands.launching import headline
+from modelmill.pipelines.launch.runs import all_runs
 from modelmill.pipelines.launch.watch import RunView, StepView, duration
 from tests.pipelines.conftest import COMMAND, modelmill, recipe, run, wait_for
 
@@ -207,11 +208,18 @@ def test_logs_follow_a_run_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{' '.join(COMMAND)} list | head -1"], capture_output=True, text=True
-    )
-    assert done.returncode == 0
-    assert done.stderr == ""
+    for arguments in ("list", "runs", "logs latest driver", "doctor"):
+        run(count__behaviour="crash") if arguments == "runs" else None
+        command = f"{' '.join(COMMAND)} {arguments} | true"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+
+
+def test_a_run_goes_on_when_its_reader_goes_away(home: Home) -> None:
+    command = f"{' '.join(COMMAND)} run words | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all_runs(home)[-1].state == "succeeded"
 
 
 def test_ui_names_an_occupied_port_and_serves_the_store(monkeypatch: pytest.MonkeyPatch, shared_store: str) -> None:

@@ -96,6 +96,8 @@ def _behave(config: CountConfig) -> None:
     if config.behaviour == "sleep":
         _note(config, os.getpid())
         for done in range(600):
+            if (Path(config.scratch) / "wake").exists():
+                break
             events.progress("sleeping", done, 600)
             time.sleep(0.1)
     if config.behaviour == "graceful":
