@@ -120,11 +120,15 @@ class RankFiles:
 class LocalLauncher:
     """torchrun on this machine, as a child process that never outlives the step.
 
-    SIGTERM and SIGINT are passed on: every rank finishes its step and saves a checkpoint. A second signal, or the
-    end of the grace period, kills. The kernel picks the rendezvous port, so an occupied one is never met.
+    SIGTERM and SIGINT are passed on: every rank finishes its step and saves a checkpoint. A second SIGINT kills. The
+    kernel picks the rendezvous port, so an occupied one is never met.
     """
 
     def __init__(self, grace_seconds: int = 15) -> None:
+        """
+        Args:
+            grace_seconds: between the end of one rank and SIGKILL for those that have not followed it.
+        """
         self.grace_seconds = grace_seconds
 
     def check(self, training: TrainingConfig) -> None:
@@ -204,7 +208,10 @@ class LocalLauncher:
 
 @contextmanager
 def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass SIGTERM and SIGINT on as SIGTERM, a second one as SIGKILL; yields the signals received."""
+    """Pass SIGTERM and SIGINT on as SIGTERM, a second SIGINT as SIGKILL; yields the signals received.
+
+    A second SIGTERM changes nothing: whoever ends a run may well send it to this process and again to its parent.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may set handlers; whoever runs us in a thread handles signals
@@ -212,7 +219,8 @@ def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
-        process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        hurry = number == signal.SIGINT and received.count(number) > 1
+        process.send_signal(signal.SIGKILL if hurry else signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
