@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.processes import PARENT_VARIABLE, available_cores, describe_exit
@@ -159,6 +160,7 @@ class LocalLauncher:
         files = RankFiles(job.scratch)
         files.clear()
         files.job.write_text(json.dumps({"training": job.training.model_dump(mode="json"), **job.spec}))
+        events.progress(f"starting {job.training.parallel.world_size} processes")
         process = subprocess.Popen(
             self._command(job, files),
             env=self._environment(job.training),
