@@ -155,6 +155,15 @@ def test_mixed_precision_follows_full_precision(tokens: Manifest, tmp_path: Path
     assert losses["bf16-mixed"] == pytest.approx(losses["fp32"], abs=0.05)
 
 
+def test_without_clipping_the_norm_is_still_reported(tokens: Manifest, tmp_path: Path) -> None:
+    norms = {}
+    for clip in (1e6, None):
+        make_loop(tokens, training_config(**ALONE, clip_norm=clip), single_rank(tmp_path / str(clip))).run()
+        norms[clip] = [record["grad_norm"] for record in history(tmp_path / str(clip)) if "grad_norm" in record]
+    assert norms[None] == pytest.approx(norms[1e6], rel=1e-5)
+    assert min(norms[None]) > 0
+
+
 @pytest.mark.parametrize("decay_norms", [False, True])
 def test_which_weights_decay(decay_norms: bool) -> None:
     model = LlamaDecoder(LlamaConfig.model_validate({**MODEL, "vocab_size": VOCAB}))
