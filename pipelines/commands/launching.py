@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -24,7 +25,9 @@ _grace = click.option(
 )
 
 
-@click.command("run", epilog="\b\nExamples:\n  modelmill run laptop/llama-demo\n  modelmill run my.yaml --set seed=1")
+@click.command(
+    "run", epilog="\b\nExamples:\n  modelmill run laptop/llama-demo\n  modelmill run my.yaml --set training.steps=9"
+)
 @click.argument("recipe")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe.")
 @click.option("--fresh", is_flag=True, help="Compute every step again, also those whose output exists.")
@@ -86,11 +89,19 @@ def _summarise(result: RunResult) -> None:
         click.echo()
         print_table(lines, indent=2)
     click.echo(f"\n  run folder  {run.folder}")
+    for report in _reports(view):
+        click.echo(f"  report      {report}")
     click.echo(f"  MLflow      {result.tracking or safe_uri(Home.current().tracking_uri)}")
     click.echo("\nNext:")
     print_table([(f"{program()} {command}", purpose) for command, purpose in _next(result)], indent=2)
     if result.exit_code and result.message:
         click.echo(f"modelmill: {result.message}", err=True)
+
+
+def _reports(view: RunView) -> list[Path]:
+    """Pages that steps wrote for people."""
+    pages = [Path(step.uri) / "report.html" for step in view.steps.values() if step.uri]
+    return [page for page in pages if page.is_file()]
 
 
 def _next(result: RunResult) -> list[tuple[str, str]]:
