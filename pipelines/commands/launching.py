@@ -26,7 +26,7 @@ _grace = click.option(
 
 
 @click.command(
-    "run", epilog="\b\nExamples:\n  modelmill run laptop/llama-demo\n  modelmill run my.yaml --set training.steps=9"
+    "run", epilog="\b\nExamples:\n  modelmill run laptop/llama-demo\n  modelmill run my.yaml --set training.steps=50"
 )
 @click.argument("recipe")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe.")
