@@ -7,6 +7,7 @@ description a package index shows). Modules are read by their syntax tree and ne
 from __future__ import annotations
 
 import ast
+import csv
 import email
 import hashlib
 import heapq
@@ -15,8 +16,8 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from importlib.metadata import Distribution, PackagePath
-from pathlib import Path
+from importlib.metadata import Distribution
+from pathlib import Path, PurePosixPath
 
 from modelmill.components.core.errors import UserError
 
@@ -84,7 +85,7 @@ def _documents_of(found: Distribution, shortest: int, skipped: Counter[str]) -> 
         yield description
     for file in _modules(found):
         try:
-            source = Path(str(file.locate())).read_bytes()
+            source = Path(str(found.locate_file(file))).read_bytes()
         except FileNotFoundError:
             name = found.metadata["Name"]
             raise UserError(f"{_PARAMETER}: {name} is installed without its file {file}; reinstall {name}") from None
@@ -98,16 +99,20 @@ def _documents_of(found: Distribution, shortest: int, skipped: Counter[str]) -> 
             yield text
 
 
-def _modules(found: Distribution) -> list[PackagePath]:
+def _modules(found: Distribution) -> list[PurePosixPath]:
+    # RECORD itself: once the importlib_metadata backport is loaded (MLflow does), `files` leaves missing ones out.
+    record = found.read_text("RECORD")
+    rows = csv.reader((record or "").splitlines())
+    names = [row[0] for row in rows if row] if record else [file.as_posix() for file in found.files or []]
     files = [
         file
-        for file in found.files or []
+        for file in map(PurePosixPath, names)
         if file.suffix == ".py" and ".." not in file.parts and not _TEST_FOLDERS.intersection(file.parts)
     ]
     return sorted(files, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest())
 
 
-def _module_name(file: PackagePath) -> str:
+def _module_name(file: PurePosixPath) -> str:
     parts = file.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 

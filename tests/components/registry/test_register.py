@@ -261,7 +261,7 @@ def test_on_a_server_and_without_one(
     assert time.monotonic() - began < 10
     message = str(failure.value)
     assert message.startswith(f"MLFLOW_TRACKING_URI: the registry at {tracking_server.uri} cannot be used")
-    assert "Connection refused" in message
+    assert "Connection re" in message  # refused, or reset by a server that is just dying
     assert "`modelmill resume run-7`" in message
 
 
