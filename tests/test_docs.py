@@ -30,8 +30,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_commands_exist(page: Path) -> None:
-    lines = re.findall(r"^\s*modelmill [a-z].*$|`modelmill ([^`]+)`", page.read_text(), flags=re.MULTILINE)
-    commands = [line.strip().removeprefix("modelmill ") for line in lines if line]
+    text = page.read_text()
+    commands = re.findall(r"^\s*modelmill ([a-z].*)$", text, flags=re.MULTILINE)
+    commands += re.findall(r"`modelmill ([a-z][^`]*)`", text)
     assert isinstance(cli, click.Group)
     context = click.Context(cli)
     for command in commands:
@@ -39,7 +40,7 @@ def test_commands_exist(page: Path) -> None:
         found = cli.get_command(context, words[0])
         assert found is not None, f"{ids(page)}: modelmill {command}"
         options = {name for parameter in found.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        used = {word.partition("=")[0] for word in words[1:] if word.startswith("-")}
+        used = {word.partition("=")[0] for word in words[1:] if word.startswith("-") and word != "-->"}
         assert used <= options | {"--help"}, f"{ids(page)}: modelmill {command}"
 
 
