@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.recipe import Section
-from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.config import TrainingConfig, divisors, joined
 
 
 class RopeScaling(BaseModel):
@@ -79,12 +79,12 @@ class LlamaConfig(BaseModel):
         if self.hidden_size % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size} into heads of an even"
-                f" size; use {_joined(_divisors(self.hidden_size // 2))}"
+                f" size; use {joined(divisors(self.hidden_size // 2))}"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads};"
-                f" use {_joined(_divisors(self.num_heads))}"
+                f" use {joined(divisors(self.num_heads))}"
             )
         return self
 
@@ -267,11 +267,3 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]
         "original_max_position": "original_max_position_embeddings",
     }
     return theta, {field: parameters[key] for field, key in names.items() if key in parameters}
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _joined(values: list[int]) -> str:
-    return ", ".join(str(value) for value in values)

@@ -37,7 +37,7 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"tensor {self.tensor} x pipeline {self.pipeline} = {model} does not divide"
                 f" nodes {self.nodes} x processes_per_node {self.processes_per_node} = {world} processes;"
-                f" use degrees whose product is one of {_joined(divisors(world))}"
+                f" use degrees whose product is one of {joined(divisors(world))}"
             )
         if self.data is not None and self.data * model != world:
             raise ValueError(
@@ -127,7 +127,7 @@ class TrainingConfig(Section):
             choices = [size for size in (below, below + data * micro) if size]
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of data-parallel degree {data}"
-                f" x micro_batch_size {micro} = {data * micro}; use a global_batch_size of {_joined(choices)}"
+                f" x micro_batch_size {micro} = {data * micro}; use a global_batch_size of {joined(choices)}"
             )
         return self
 
@@ -246,5 +246,6 @@ def divisors(number: int) -> list[int]:
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
-def _joined(values: list[int]) -> str:
+def joined(values: list[int]) -> str:
+    """Values for an error message: `2`, `2 or 4`, `1, 2, 4`."""
     return " or ".join(str(value) for value in values) if len(values) < 3 else ", ".join(str(v) for v in values)
