@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.recipe import Section
-from modelmill.components.training.config import TrainingConfig, divisors, joined
+from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.layout import divisors, joined
 
 
 class RopeScaling(BaseModel):

@@ -13,49 +13,10 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.recipe import Section
+from modelmill.components.training.layout import ParallelConfig, joined
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-stochastic"]
 AcceleratorName = Literal["auto", "cpu", "cuda", "neuron"]
-
-
-class ParallelConfig(Section):
-    """How the processes share the work. `tensor x pipeline x data = nodes x processes_per_node`."""
-
-    nodes: PositiveInt = Field(default=1, description="Machines.")
-    processes_per_node: PositiveInt = Field(default=2, description="Processes on each machine, one a device.")
-    tensor: PositiveInt = Field(default=1, description="Processes that share every layer's matrices.")
-    pipeline: PositiveInt = Field(default=1, description="Stages the layers are split into.")
-    data: PositiveInt | None = Field(
-        default=None,
-        description="Copies of the model, each with its own part of a batch; left out, what the rest leaves.",
-    )
-
-    @model_validator(mode="after")
-    def _degrees_make_the_world(self) -> Self:
-        model, world = self.tensor * self.pipeline, self.world_size
-        if world % model:
-            raise ValueError(
-                f"tensor {self.tensor} x pipeline {self.pipeline} = {model} does not divide"
-                f" nodes {self.nodes} x processes_per_node {self.processes_per_node} = {world} processes;"
-                f" use degrees whose product is one of {joined(divisors(world))}"
-            )
-        if self.data is not None and self.data * model != world:
-            raise ValueError(
-                f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data} = {model * self.data} is not"
-                f" nodes {self.nodes} x processes_per_node {self.processes_per_node} = {world} processes;"
-                f" set data to {world // model} or leave it out"
-            )
-        return self
-
-    @property
-    def world_size(self) -> int:
-        """Processes on all machines together."""
-        return self.nodes * self.processes_per_node
-
-    @property
-    def data_degree(self) -> int:
-        """Copies of the model that see different data; gradients are averaged over these."""
-        return self.data or self.world_size // (self.tensor * self.pipeline)
 
 
 class TrainingConfig(Section):
@@ -238,14 +199,3 @@ def check_run(model: ModelLimits, training: TrainingConfig, tokens: Manifest) ->
             " none; use a larger corpus or set training.validation_rows to 0"
         )
     return model.vocab_size or vocab_size
-
-
-def divisors(number: int) -> list[int]:
-    """Divisors of a positive integer in rising order."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return small + [number // d for d in reversed(small) if d * d != number]
-
-
-def joined(values: list[int]) -> str:
-    """Values for an error message: `2`, `2 or 4`, `1, 2, 4`."""
-    return " or ".join(str(value) for value in values) if len(values) < 3 else ", ".join(str(v) for v in values)

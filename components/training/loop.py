@@ -12,12 +12,10 @@ Nothing between two logged steps waits for the device.
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.training.checkpoint import Checkpoints, Progress
+from modelmill.components.training.clock import Clock
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.feed import Batches, Feed
 from modelmill.components.training.journal import Journal
 from modelmill.components.training.optimizer import make_optimizer, set_learning_rate
 from modelmill.components.training.schedule import learning_rate
@@ -38,13 +38,6 @@ Objective = Callable[[nn.Module, Tensor], Tensor]
 
 Every micro-batch weighs the same, so each must hold the same number of targets.
 """
-
-
-class Batches(Protocol):
-    """Rows of the training split in the order of training; `BatchSource` is one."""
-
-    def batch(self, step: int, rank: int, world: int) -> np.ndarray:
-        """This data-parallel rank's rows [global_batch_size / world, T + 1] of the global batch of a step from 0."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +51,6 @@ class TrainingData:
 
     batches: Batches
     validation: np.ndarray
-
-
-@dataclass
-class Clock:
-    """Wall time of a run by what it was spent on, in seconds."""
-
-    spent: dict[str, float] = field(default_factory=lambda: {"data": 0.0, "validation": 0.0, "checkpoint": 0.0})
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def on(self, part: str) -> Iterator[None]:
-        """Count the time inside the block as a part's."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[part] += time.perf_counter() - began
-
-    @property
-    def training(self) -> float:
-        """Seconds of training steps, waiting for data included, validation and checkpoints not."""
-        return time.perf_counter() - self.started - self.spent["validation"] - self.spent["checkpoint"]
 
 
 class TrainingLoop:
@@ -140,7 +111,7 @@ class TrainingLoop:
             self.journal.say("going on after step %d", first.step)
         self.clock, self.mark = Clock(), (0.0, first.tokens)
         self.model.train()
-        with _Feed(self.data.batches, self.ranks, range(first.step, config.steps)) as feed:
+        with Feed(self.data.batches, self.ranks, range(first.step, config.steps)) as feed:
             while self.progress.step < config.steps:
                 with self.clock.on("data"):
                     rows = next(feed)
@@ -309,35 +280,3 @@ def _data_parallel(model: nn.Module, ranks: RankContext) -> nn.Module:
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {buffers: False}
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
-
-
-class _Feed:
-    """This rank's rows step by step as int64 tensors [b, T + 1], the next ones fetched while a step computes."""
-
-    def __init__(self, batches: Batches, ranks: RankContext, steps: range) -> None:
-        self._batches, self._ranks, self._steps = batches, ranks, iter(steps)
-        self._pin = ranks.device.type == "cuda"
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._coming = self._fetch()
-
-    def _fetch(self) -> Future[Tensor] | None:
-        step = next(self._steps, None)
-        return None if step is None else self._worker.submit(self._load, step)
-
-    def _load(self, step: int) -> Tensor:
-        rows = self._batches.batch(step, self._ranks.data_rank, self._ranks.data_degree)
-        tensor = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))
-        return tensor.pin_memory() if self._pin else tensor
-
-    def __next__(self) -> Tensor:
-        if self._coming is None:
-            raise StopIteration
-        rows = self._coming.result()
-        self._coming = self._fetch()
-        return rows
-
-    def __enter__(self) -> _Feed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._worker.shutdown(cancel_futures=True)

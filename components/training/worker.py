@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from modelmill.components.training.accelerator import Accelerator
+    from modelmill.components.training.mesh import Mesh
 
 logger = logging.getLogger("modelmill")
 
@@ -86,8 +87,7 @@ class RankContext:
     Attributes:
         rank: of this process among all.
         world_size: processes on all machines.
-        data_rank: which part of a batch is this rank's, in [0, data_degree).
-        data_degree: copies of the model that see different data; gradients are averaged over these.
+        mesh: its place in the grid of data- and tensor-parallel ranks.
         device: of this rank.
         accelerator: the kind of device.
         stop: whether to stop after this step.
@@ -96,12 +96,21 @@ class RankContext:
 
     rank: int
     world_size: int
-    data_rank: int
-    data_degree: int
+    mesh: Mesh
     device: torch.device
     accelerator: Accelerator
     stop: StopSignal
     scratch: Path
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a batch is this rank's, in [0, data_degree)."""
+        return self.mesh.data_rank
+
+    @property
+    def data_degree(self) -> int:
+        """Parts of a batch; gradients are averaged over as many."""
+        return self.mesh.data_degree
 
     @property
     def is_main(self) -> bool:
@@ -156,6 +165,7 @@ def _join(training: TrainingConfig, stop: StopSignal, scratch: Path) -> RankCont
     import torch
 
     from modelmill.components.training.accelerator import join_group, select_accelerator
+    from modelmill.components.training.mesh import Mesh
 
     accelerator = select_accelerator(training.accelerator, training.parallel.processes_per_node, training.precision)
     rank, world_size, device = join_group(accelerator)
@@ -166,8 +176,7 @@ def _join(training: TrainingConfig, stop: StopSignal, scratch: Path) -> RankCont
     return RankContext(
         rank=rank,
         world_size=world_size,
-        data_rank=rank // (training.parallel.tensor * training.parallel.pipeline),
-        data_degree=training.parallel.data_degree,
+        mesh=Mesh.build(training.parallel, device.type),
         device=device,
         accelerator=accelerator,
         stop=stop,

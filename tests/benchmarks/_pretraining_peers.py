@@ -126,6 +126,7 @@ def run_ours(folder: Path, steps: int, records: Records) -> None:
     from modelmill.components.training.checkpoint import Checkpoints
     from modelmill.components.training.journal import Journal
     from modelmill.components.training.loop import TrainingData, TrainingLoop
+    from modelmill.components.training.mesh import Mesh
     from modelmill.components.training.worker import RankContext, StopSignal
 
     torch.use_deterministic_algorithms(True)  # as the engine runs; the peers run as they come
@@ -144,7 +145,7 @@ def run_ours(folder: Path, steps: int, records: Records) -> None:
             objective=objective,
             data=TrainingData(FixedBatches(rows), np.empty((0, LENGTH + 1), np.int64)),
             config=training_config(steps),
-            ranks=RankContext(0, 1, 0, 1, torch.device("cpu"), CPU(), StopSignal(1), scratch),
+            ranks=RankContext(0, 1, Mesh(), torch.device("cpu"), CPU(), StopSignal(1), scratch),
             checkpoints=Checkpoints(scratch / "checkpoints", digest="", keep=1, rank=0, world_size=1),
             journal=Journal(scratch / "history.jsonl", steps, enabled=True),
         )

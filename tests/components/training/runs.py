@@ -21,9 +21,11 @@ from modelmill.components.llama.pretrain import next_token_loss
 from modelmill.components.training.accelerator import CPU
 from modelmill.components.training.checkpoint import Checkpoints
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.feed import Batches
 from modelmill.components.training.journal import Journal
 from modelmill.components.training.launch import TrainingResult
-from modelmill.components.training.loop import Batches, TrainingData, TrainingLoop
+from modelmill.components.training.loop import TrainingData, TrainingLoop
+from modelmill.components.training.mesh import Mesh
 from modelmill.components.training.worker import RankContext, StopRequestedError, StopSignal, run_rank
 from tests.components.training.samples import MODEL, VOCAB, training_config
 
@@ -32,7 +34,7 @@ MODULE = "tests.components.training.runs"
 
 def single_rank(scratch: Path) -> RankContext:
     """The context of a run that is not launched."""
-    return RankContext(0, 1, 0, 1, torch.device("cpu"), CPU(), StopSignal(1), scratch)
+    return RankContext(0, 1, Mesh(), torch.device("cpu"), CPU(), StopSignal(1), scratch)
 
 
 class Stopping:

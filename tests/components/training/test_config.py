@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.recipe import Recipe, validate
 from modelmill.components.llama.config import LlamaConfig
-from modelmill.components.training.config import TrainingConfig, check_run, divisors
+from modelmill.components.training.config import TrainingConfig, check_run
 from modelmill.components.training.launch import LocalLauncher
+from modelmill.components.training.layout import divisors
 from tests.components.training.samples import LENGTH, MODEL, TRAINING, VOCAB, make_tokens, training_config
 
 
