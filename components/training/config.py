@@ -14,6 +14,7 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.recipe import Section
 from modelmill.components.training.layout import ParallelConfig, joined
+from modelmill.components.training.options import ActivationMemory, MemoryBudget
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-stochastic"]
 AcceleratorName = Literal["auto", "cpu", "cuda", "neuron"]
@@ -57,6 +58,7 @@ class TrainingConfig(Section):
         description="fp32; bf16-mixed (bf16 products, fp32 weights and sums); bf16-stochastic (bf16 weights with "
         "stochastic rounding: Trainium only).",
     )
+    activation_memory: ActivationMemory = "none"
     accelerator: AcceleratorName = Field(
         default="auto", description="auto: the best one with a device for every process."
     )
@@ -89,6 +91,15 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of data-parallel degree {data}"
                 f" x micro_batch_size {micro} = {data * micro}; use a global_batch_size of {joined(choices)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_fits_the_layout(self) -> Self:
+        if isinstance(self.activation_memory, MemoryBudget) and self.parallel.tensor > 1:
+            raise ValueError(
+                f"activation_memory {{budget: {self.activation_memory.budget:g}}} compiles each block, which does not"
+                f" go with parallel.tensor {self.parallel.tensor}; use selective, or tensor 1"
             )
         return self
 
@@ -140,6 +151,7 @@ class TrainingConfig(Section):
 _NOT_DECIDING = {
     "micro_batch_size",
     "parallel",
+    "activation_memory",
     "accelerator",
     "threads_per_process",
     "log_every",
