@@ -6,6 +6,7 @@ FLOPs convention of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -93,6 +94,11 @@ class LlamaConfig(BaseModel):
     def head_dim(self) -> int:
         """Dimension of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def feed_forward_groups(self) -> int:
+        """Groups of gate and up rows in the fused projection: the finest that both tensor-parallel cuts allow."""
+        return math.gcd(self.num_kv_heads, self.intermediate_size)
 
     @property
     def known_vocab_size(self) -> int:

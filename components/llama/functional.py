@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+# What the hand-written gradients are used for: float32, and float64 so that exact tests run the same code.
+_WIDE = (torch.float32, torch.float64)
+
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`hidden / sqrt(mean(hidden^2) + eps) * weight` (Zhang & Sennrich 2019, arXiv:1910.07467).
@@ -29,7 +32,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [..., D] in the dtype of `hidden`.
     """
-    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32:
+    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype and hidden.dtype in _WIDE:
         return _RMSNorm.apply(hidden, weight, eps)
     return F.rms_norm(hidden, weight.shape, weight, eps).to(hidden.dtype)
 
@@ -54,7 +57,7 @@ def norm_linear(hidden: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
     return linear(norm(hidden))
 
 
-def swiglu_linear(gate_up: Tensor, linear: nn.Module) -> Tensor:
+def swiglu_linear(gate_up: Tensor, linear: nn.Module, groups: int = 1) -> Tensor:
     """`linear(silu(gate) * up)`, recomputing the linear's input in the backward pass.
 
     The gradient of SwiGLU (Shazeer 2020, arXiv:2002.05202) evaluates `silu(gate)` anyway, so this saves a
@@ -62,16 +65,23 @@ def swiglu_linear(gate_up: Tensor, linear: nn.Module) -> Tensor:
     plain (an adapter, a hook), it is called on the product as usual.
 
     Args:
-        gate_up: [..., 2 * I], the gate first, as a fused projection makes them.
+        gate_up: [..., 2 * I]: in each of `groups` equal parts the gate first, as a fused projection makes them.
         linear: has `weight` [D, I].
+        groups: divides I.
 
     Returns:
         [..., D].
     """
     if _fusible(gate_up, linear):
-        return _SwiGLULinear.apply(gate_up, linear.weight)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return linear(F.silu(gate) * up)
+        return _SwiGLULinear.apply(gate_up, linear.weight, groups)
+    gate, up = _gate_and_up(gate_up, groups)
+    return linear((F.silu(gate) * up).flatten(-2))
+
+
+def _gate_and_up(gate_up: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Views [..., groups, I / groups] of the two halves of each group."""
+    gate, up = gate_up.unflatten(-1, (groups, 2, -1)).unbind(-2)
+    return gate, up
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -85,7 +95,8 @@ def _fusible(inputs: Tensor, linear: nn.Module) -> bool:
         type(linear) is nn.Linear
         and linear.bias is None
         and not _has_hooks(linear)
-        and inputs.dtype == linear.weight.dtype == torch.float32
+        and inputs.dtype == linear.weight.dtype
+        and inputs.dtype in _WIDE
         and not torch.is_autocast_enabled(inputs.device.type)
     )
 
@@ -142,26 +153,27 @@ class _NormLinear(torch.autograd.Function):
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor, groups: int) -> Tensor:
         ctx.save_for_backward(gate_up, weight)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), weight)
+        ctx.groups = groups
+        gate, up = _gate_and_up(gate_up, groups)
+        return F.linear(F.silu(gate).mul_(up).flatten(-2), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate_up, weight = ctx.saved_tensors
-        gate, up = gate_up.flatten(0, -2).chunk(2, dim=-1)
+        gate, up = _gate_and_up(gate_up.flatten(0, -2), ctx.groups)
         grad = grad.flatten(0, -2)
         activated = F.silu(gate)
         inputs = activated * up
-        grad_weight = grad.t() @ inputs
-        grad_inputs = torch.mm(grad, weight, out=inputs)
+        grad_weight = grad.t() @ inputs.flatten(1)
+        grad_inputs = torch.mm(grad, weight, out=inputs.view(-1, weight.shape[1])).view_as(inputs)
         result = torch.empty_like(gate_up)
-        grad_gate, grad_up = result.view(-1, result.shape[-1]).chunk(2, dim=-1)
+        grad_gate, grad_up = _gate_and_up(result.flatten(0, -2), ctx.groups)
         torch.mul(activated, grad_inputs, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_inputs.mul_(up), gate, grad_input=grad_gate)
-        return result, grad_weight
+        return result, grad_weight, None
 
 
 def rotate_and_split(
@@ -173,7 +185,7 @@ def rotate_and_split(
     of a head is paired with dimension i + Dh/2, so checkpoints need no permutation.
 
     Args:
-        qkv: [B, T, (H + 2 * K) * Dh]: H query heads, then K key heads, then K value heads.
+        qkv: [B, T, (H + 2 * K) * Dh] in K groups: the H / K query heads of a group, its key head, its value head.
         cos: [T, Dh / 2], cosine of position times inverse frequency.
         sin: [T, Dh / 2], its sine.
         num_heads: H.
@@ -186,7 +198,7 @@ def rotate_and_split(
 
 
 def _rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor, direction: int) -> None:
-    """Rotate heads [B, T, R, Dh] by `direction` times the angle; `cos` and `sin` are [T, 1, Dh / 2]."""
+    """Rotate heads [B, T, ..., Dh] by `direction` times the angle; `cos` and `sin` are [T, 1.., Dh / 2]."""
     first, second = source.chunk(2, dim=-1)
     target_first, target_second = target.chunk(2, dim=-1)
     torch.mul(first, cos, out=target_first)
@@ -200,18 +212,18 @@ class _RotateAndSplit(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, width = qkv.shape
-        heads = qkv.view(batch, length, num_heads + 2 * num_kv_heads, -1)
-        # A copy, not in place: the projection's output may be held by a hook or an adapter.
-        out = torch.empty_like(heads)
-        rotated = num_heads + num_kv_heads
+        batch, length, _ = qkv.shape
+        grouped = qkv.unflatten(-1, (num_kv_heads, num_heads // num_kv_heads + 2, -1))
+        # A copy, not in place: the projection's output may be held by a hook or an adapter. Queries, keys and values
+        # each lie together in it, which attention asks for.
+        out = qkv.new_empty(batch, length, num_heads + 2 * num_kv_heads, grouped.shape[-1])
+        query, key, value = out.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
         cos, sin = cos.unsqueeze(1).to(qkv.dtype), sin.unsqueeze(1).to(qkv.dtype)
-        _rotate(heads[:, :, :rotated], out[:, :, :rotated], cos, sin, 1)
-        out[:, :, rotated:].copy_(heads[:, :, rotated:])
+        _rotate(grouped[..., :-2, :], query.unflatten(2, (num_kv_heads, -1)), cos.unsqueeze(1), sin.unsqueeze(1), 1)
+        _rotate(grouped[..., -2, :], key, cos, sin, 1)
+        value.copy_(grouped[..., -1, :])
         ctx.save_for_backward(cos, sin)
-        ctx.sizes = (num_heads, num_kv_heads, width)
-        query, key, value = out.transpose(1, 2).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        return query, key, value
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
@@ -219,11 +231,11 @@ class _RotateAndSplit(torch.autograd.Function):
         ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
     ) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        num_heads, num_kv_heads, width = ctx.sizes
-        batch, _, length, head_dim = grad_query.shape
-        grad = grad_query.new_empty(batch, length, num_heads + 2 * num_kv_heads, head_dim)
-        query, key, value = grad.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
-        _rotate(grad_query.transpose(1, 2), query, cos, sin, -1)
-        _rotate(grad_key.transpose(1, 2), key, cos, sin, -1)
-        value.copy_(grad_value.transpose(1, 2))
-        return grad.view(batch, length, width), None, None, None, None
+        batch, num_heads, length, head_dim = grad_query.shape
+        num_kv_heads = grad_key.shape[1]
+        grad = grad_query.new_empty(batch, length, num_kv_heads, num_heads // num_kv_heads + 2, head_dim)
+        query = grad_query.transpose(1, 2).unflatten(2, (num_kv_heads, -1))
+        _rotate(query, grad[..., :-2, :], cos.unsqueeze(1), sin.unsqueeze(1), -1)
+        _rotate(grad_key.transpose(1, 2), grad[..., -2, :], cos, sin, -1)
+        grad[..., -1, :].copy_(grad_value.transpose(1, 2))
+        return grad.flatten(2), None, None, None, None

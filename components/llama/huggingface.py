@@ -11,7 +11,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,9 +66,8 @@ def load_huggingface(folder: Path | str, dtype: torch.dtype | None = None) -> Ll
         state = {}
         for name, meta in model.state_dict().items():
             fused = torch.empty(meta.shape, dtype=dtype)
-            for piece, start, rows in _pieces(config, name):
-                target = fused if rows is None else fused[start : start + rows]
-                _copy(source[piece], piece, target, folder)
+            for piece in _pieces(config, name):
+                _copy(source[piece.name], piece, fused, folder)
             state[name] = fused
         if config.tie_embeddings and "lm_head.weight" in source:
             head = source["lm_head.weight"].get_tensor("lm_head.weight").to(dtype)
@@ -179,30 +178,55 @@ _LAYER = {
 }
 
 
-def _pieces(config: LlamaConfig, name: str) -> list[tuple[str, int, int | None]]:
-    """Hugging Face tensors making up the parameter `name`: name, first row, number of rows (None: all)."""
+class _Piece(NamedTuple):
+    """Where a Hugging Face tensor lies in a parameter.
+
+    Attributes:
+        name: of the Hugging Face tensor.
+        groups: the parameter's rows form as many equal groups, and the tensor has a part in each.
+        start: first row of that part, in its group.
+        rows: of that part; None: the tensor is the whole parameter.
+    """
+
+    name: str
+    groups: int = 1
+    start: int = 0
+    rows: int | None = None
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The tensor's rows: the parameter itself, or a view [groups, rows, D] of it."""
+        if self.rows is None:
+            return parameter
+        return parameter.unflatten(0, (self.groups, -1))[:, self.start : self.start + self.rows]
+
+
+def _pieces(config: LlamaConfig, name: str) -> list[_Piece]:
+    """Hugging Face tensors making up the parameter `name`."""
     if name in _PLAIN:
-        return [(_PLAIN[name], 0, None)]
+        return [_Piece(_PLAIN[name])]
     _, index, rest = name.split(".", 2)
     prefix = f"model.layers.{index}."
     if rest in _LAYER:
-        return [(prefix + _LAYER[rest], 0, None)]
+        return [_Piece(prefix + _LAYER[rest])]
     if rest == "attention.qkv.weight":
-        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        parts = [("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", key)]
+        groups, head = config.num_kv_heads, config.head_dim
+        query = config.num_heads // groups * head
+        parts = [("self_attn.q_proj", query), ("self_attn.k_proj", head), ("self_attn.v_proj", head)]
     else:
-        parts = [("mlp.gate_proj", config.intermediate_size), ("mlp.up_proj", config.intermediate_size)]
-    pieces: list[tuple[str, int, int | None]] = []
+        groups = config.feed_forward_groups
+        half = config.intermediate_size // groups
+        parts = [("mlp.gate_proj", half), ("mlp.up_proj", half)]
+    pieces = []
     start = 0
     for part, rows in parts:
-        pieces.append((f"{prefix}{part}.weight", start, rows))
+        pieces.append(_Piece(f"{prefix}{part}.weight", groups, start, rows))
         start += rows
     return pieces
 
 
 def _check_names(config: LlamaConfig, found: set[str], folder: Path) -> None:
     names = LlamaDecoder(config, device="meta").state_dict()
-    expected = {piece for name in names for piece, _, _ in _pieces(config, name)}
+    expected = {piece.name for name in names for piece in _pieces(config, name)}
     missing = sorted(expected - found)
     if missing:
         raise UserError(
@@ -222,17 +246,20 @@ def _check_names(config: LlamaConfig, found: set[str], folder: Path) -> None:
         )
 
 
-def _copy(handle: Any, name: str, target: Tensor, folder: Path) -> None:
-    shape = handle.get_slice(name).get_shape()
-    if list(shape) != list(target.shape):
+def _copy(handle: Any, piece: _Piece, parameter: Tensor, folder: Path) -> None:
+    """Read a Hugging Face tensor into its rows of the parameter."""
+    target = piece.view(parameter)
+    expected = list(target.shape if piece.rows is None else target.flatten(0, 1).shape)
+    shape = handle.get_slice(piece.name).get_shape()
+    if list(shape) != expected:
         raise UserError(
-            f"{folder}: tensor {name} has shape {list(shape)} where config.json implies"
-            f" {list(target.shape)}; correct config.json or copy the checkpoint again"
+            f"{folder}: tensor {piece.name} has shape {list(shape)} where config.json implies"
+            f" {expected}; correct config.json or copy the checkpoint again"
         )
-    tensor = handle.get_tensor(name)
+    tensor = handle.get_tensor(piece.name)
     if not tensor.is_floating_point():
-        raise UserError(f"{folder}: tensor {name} is {tensor.dtype}; use a checkpoint that is not quantized")
-    target.copy_(tensor)
+        raise UserError(f"{folder}: tensor {piece.name} is {tensor.dtype}; use a checkpoint that is not quantized")
+    target.copy_(tensor.view(target.shape))
 
 
 def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -240,13 +267,13 @@ def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, parameter in parameters.items():
-        for piece, start, rows in _pieces(model.config, name):
-            part = parameter if rows is None else parameter[start : start + rows]
+        for piece in _pieces(model.config, name):
+            part = piece.view(parameter)
             nbytes = part.numel() * dtype.itemsize
             if shards[-1] and size + nbytes > max_shard_bytes:
                 shards.append({})
                 size = 0
-            shards[-1][piece] = part
+            shards[-1][piece.name] = part
             size += nbytes
             total += nbytes
     names = (
@@ -258,7 +285,7 @@ def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_
     try:
         for name, shard in zip(names, shards, strict=True):
             # Copied one shard at a time: safetensors refuses views of one storage, which fused weights are.
-            tensors = {piece: part.detach().to("cpu", dtype, copy=True) for piece, part in shard.items()}
+            tensors = {piece: _copied(part, dtype) for piece, part in shard.items()}
             save_file(tensors, _temporary(folder / name), metadata={"format": "pt"})
         if len(shards) > 1:
             weight_map = {piece: name for name, shard in zip(names, shards, strict=True) for piece in shard}
@@ -274,6 +301,12 @@ def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_
             stale.unlink()
     for name in published:
         _publish(folder / name)
+
+
+def _copied(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU, with the groups of rows of a fused parameter joined to one matrix."""
+    copy = part.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+    return copy.flatten(0, -2) if part.dim() > 1 else copy
 
 
 def _temporary(path: Path) -> Path:

@@ -28,7 +28,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; queries, keys and values come from one fused projection."""
+    """Causal grouped-query attention; queries, keys and values come from one fused projection.
+
+    Its rows are ordered by key-value group: the group's query heads, its key head, its value head. A contiguous
+    slice of whole groups is then attention by itself, which is what tensor parallelism cuts.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -48,16 +52,21 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU feed-forward layer; gate and up come from one fused projection (arXiv:2002.05202)."""
+    """SwiGLU feed-forward layer; gate and up come from one fused projection (arXiv:2002.05202).
+
+    Its rows are ordered in `config.feed_forward_groups` groups of gate rows and then up rows, so that a contiguous
+    slice of whole groups is a feed-forward layer by itself.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.groups = config.feed_forward_groups
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """Map `norm(hidden)`, [..., D], to [..., D]."""
-        return swiglu_linear(norm_linear(hidden, norm, self.gate_up), self.down)
+        return swiglu_linear(norm_linear(hidden, norm, self.gate_up), self.down, self.groups)
 
 
 class DecoderLayer(nn.Module):
