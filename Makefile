@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-full lint types bench compile clean
+.PHONY: help demo test test-full lint types bench bench-peers compile clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -36,8 +36,16 @@ types: $(STAMP) ## mypy over the mapped package names
 	@ln -sfn ../../../pipelines $(VENV)/mapped/modelmill/pipelines
 	@MYPYPATH=$(VENV)/mapped $(BIN)/mypy -p modelmill.components -p modelmill.pipelines
 
-bench: $(STAMP) ## run every benchmark and rewrite the table of figures in README.md
+bench: bench-peers ## run every benchmark and rewrite the table of figures in README.md
 	@$(BIN)/python -m tests.benchmarks
+
+bench-peers: $(VENV)/litgpt/.installed ## install the peers that need an environment of their own
+
+# Wants another huggingface_hub than the rest of the lock.
+$(VENV)/litgpt/.installed: $(STAMP)
+	@$(PYTHON) -m venv $(VENV)/litgpt
+	@$(VENV)/litgpt/bin/pip install -q --disable-pip-version-check litgpt==0.5.13 lightning==2.6.6 torch==2.13.0
+	@touch $@
 
 compile: $(STAMP) ## compile every pipeline to KFP YAML below build/pipelines
 	@$(BIN)/modelmill compile --all -o build/pipelines

@@ -20,6 +20,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 MEANING = {
     "vs_bare_loop": ("tokens/s of our loop / a bare hand loop over `LlamaForCausalLM`", "aim 1.0 or more"),
     "vs_hf_trainer": ("tokens/s of our loop / Hugging Face `Trainer`", "aim 1.10 or more"),
+    "vs_litgpt": ("tokens/s of our loop / litgpt's `pretrain.fit`", "aim 1.0 or more"),
     "peak_memory_vs_hf": ("peak memory of our loop / Hugging Face `Trainer`", "aim 0.6 or less"),
     "max_loss_difference": ("largest difference of the loss against `LlamaForCausalLM`, same weights", "1e-5 or less"),
     "per_step_overhead_s": ("orchestration and tracking a pipeline step, seconds", "0.15 or less"),

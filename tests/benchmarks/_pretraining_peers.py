@@ -2,18 +2,13 @@
 
     python -m tests.benchmarks._pretraining_peers PEER MODE FOLDER STEPS
 
-PEER is `ours`, `hf_trainer` or `bare_loop`; MODE is `check` (the losses of all steps), `memory` (the height of what
-torch's CPU allocator handed out) or `turns` (one step a line of input, answered with its seconds).
+PEER is `ours`, `hf_trainer` or `bare_loop`; MODE is one of `_turns.measure`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import resource
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +17,11 @@ import numpy as np
 
 from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.training.config import TrainingConfig
+from tests.benchmarks._turns import Losses, Records, measure
 
 if TYPE_CHECKING:
     import torch
 
-PEERS = ("ours", "hf_trainer", "bare_loop")
 BATCH, LENGTH = 4, 512
 MODEL = LlamaConfig(
     vocab_size=8192,
@@ -57,52 +52,6 @@ def training_config(steps: int) -> TrainingConfig:
             "accelerator": "cpu",
         }
     )
-
-
-class Turns:
-    """Makes a training run wait for its turn after every optimizer step; the same hook serves every peer.
-
-    A turn is everything from one update of the weights to the next: fetching data, logging, all of it.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-        self.began: float | None = None
-        # Libraries print to stdout as they like; the turns are spoken on a descriptor of their own.
-        self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.register_step_post_hook(lambda *_: self._step_done())
-
-    def loss(self, value: torch.Tensor) -> None:
-        """Losses are compared in a run of their own."""
-
-    def say(self, value: Any) -> None:
-        print(json.dumps(value), file=self.out, flush=True)
-
-    def _step_done(self) -> None:
-        self.say(None if self.began is None else time.perf_counter() - self.began)
-        self.left -= 1
-        if self.left:
-            sys.stdin.readline()
-        self.began = time.perf_counter()
-
-
-class Losses:
-    """Keeps the loss of every step."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to do after a step."""
-
-    def loss(self, value: torch.Tensor) -> None:
-        self.values.append(value.item())
-
-
-Records = Turns | Losses
 
 
 class FixedBatches:
@@ -235,44 +184,13 @@ RUNNERS: dict[str, Callable[[Path, int, Records], None]] = {
 }
 
 
-def allocated_height(run: Callable[[], None]) -> int:
-    """Largest number of bytes torch's CPU allocator had handed out at once while `run` ran."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    held = height = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            height = max(height, held)
-    return height
-
-
-def resident_bytes() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
 def worker(peer: str, mode: str, folder: Path, steps: int) -> None:
-    """Run one peer in this process: `check` for losses, `turns` for speed, `memory` for tensors."""
+    """Run one peer in this process."""
     import transformers
     from transformers import LlamaForCausalLM, Trainer  # noqa: F401  (their import is not the run's memory)
 
     transformers.logging.set_verbosity_error()
-    if mode == "check":
-        losses = Losses()
-        RUNNERS[peer](folder, steps, losses)
-        print(json.dumps(losses.values))
-    elif mode == "memory":
-        print(json.dumps(allocated_height(lambda: RUNNERS[peer](folder, steps, Losses()))))
-    else:
-        turns, before = Turns(steps), resident_bytes()
-        RUNNERS[peer](folder, steps, turns)
-        # Linux counts in KiB, macOS in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        turns.say(peak - before)
+    measure(RUNNERS[peer], mode, folder, steps)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Our training loop against the Hugging Face Trainer and a bare hand loop over `LlamaForCausalLM`.
+"""Our training loop against the Hugging Face Trainer, a bare hand loop over `LlamaForCausalLM`, and litgpt.
 
     python -m tests.benchmarks.pretraining [--rounds 5] [--steps 16]
 
-All three start from the same weights, read the same batches in the same order, and use AdamW (fused), the same
-schedule, clipping at 1.0, fp32 and the same number of threads. First their losses over 50 steps are compared: a
-comparison of speed means nothing between runs that compute different things. Then, in every round, each of them
-starts in a process of its own and the three take turns step by step, so that whatever else the machine does hits all
-alike. The ratio of a turn is one step of a peer over one step of ours; the median over all turns is reported, and as
-its spread the medians of the rounds.
+litgpt does not install beside the rest: `make bench-peers` gives it an environment of its own, and without that the
+benchmark leaves it out and says so. All start from the same weights, read the same batches in the same order, and use
+AdamW (fused), the same schedule, clipping at 1.0, fp32 and the same number of threads. First their losses over 50
+steps are compared: a comparison of speed means nothing between runs that compute different things. Then, in every
+round, each of them starts in a process of its own and they take turns step by step, so that whatever else the machine
+does hits all alike. The ratio of a turn is one step of a peer over one step of ours; the median over all turns is
+reported, and as its spread the medians of the rounds.
 
 Memory is tensor-level: the height of what torch's CPU allocator handed out, model and optimizer included, from the
 profiler's allocation records of a few steps in a separate process. The growth of the process's resident memory is
@@ -31,19 +32,23 @@ from typing import IO, Any
 
 import numpy as np
 
-from tests.benchmarks._pretraining_peers import BATCH, LENGTH, MODEL, PEERS
+from modelmill.components.training.schedule import learning_rate
+from tests.benchmarks._pretraining_peers import BATCH, LENGTH, MODEL, training_config
 
 WARM_UP, CHECKED_STEPS, MEASURED_STEPS, TOLERANCE = 3, 50, 6, 1e-5
-MODULE = "tests.benchmarks._pretraining_peers"
+ROOT = Path(__file__).resolve().parents[2]
+LITGPT = ROOT / ".venv" / "litgpt" / "bin" / "python"
+PEERS = ("ours", "hf_trainer", "bare_loop", *(["litgpt"] if LITGPT.exists() else []))
 
 
 def start(peer: str, mode: str, folder: Path, steps: int, threads: int, log: IO[str]) -> subprocess.Popen[str]:
     """Start one peer in a process of its own."""
-    command = [sys.executable, "-m", MODULE, peer, mode, str(folder), str(steps)]
+    python, module = (LITGPT, "_litgpt_peer") if peer == "litgpt" else (sys.executable, "_pretraining_peers")
+    command = [str(python), "-m", f"tests.benchmarks.{module}", peer, mode, str(folder), str(steps)]
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     environment = {**os.environ, **limits, "TOKENIZERS_PARALLELISM": "false"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment, cwd=ROOT)
 
 
 def finished(peer: str, process: subprocess.Popen[str], log: IO[str]) -> Any:
@@ -73,6 +78,10 @@ def prepare(folder: Path, steps: int) -> None:
     tokens = np.minimum(generator.zipf(1.2, shape), MODEL.known_vocab_size) - 1
     tokens[..., 2::3] = (tokens[..., 1::3][..., : tokens[..., 2::3].shape[-1]] * 7 + 3) % MODEL.known_vocab_size
     np.save(folder / "rows.npy", tokens)
+    config = training_config(steps)
+    settings = config.model_dump(mode="json", include={"weight_decay", "betas", "eps", "clip_norm"})
+    settings["learning_rates"] = [learning_rate(step, config) for step in range(steps)]
+    (folder / "settings.json").write_text(json.dumps(settings))
 
 
 def largest_loss_difference(folder: Path, threads: int) -> float:
@@ -150,11 +159,18 @@ def compare(number: int, steps: int, threads: int) -> dict[str, float]:
         row = f"{peer:<12}{speed:>10,.0f}{heights[peer] / 2**20:>13,.0f}{resident_mib:>14,.0f}{ratios[peer]:>11.3f}"
         print(row if peer == "ours" else f"{row}  {min(medians):.3f} to {max(medians):.3f}")
     return {
-        "vs_hf_trainer": round(ratios["hf_trainer"], 4),
-        "vs_bare_loop": round(ratios["bare_loop"], 4),
+        **{f"vs_{peer}": round(ratios[peer], 4) for peer in PEERS[1:]},
         "peak_memory_vs_hf": round(heights["ours"] / heights["hf_trainer"], 4),
         "max_loss_difference": float(f"{difference:.3g}"),
     }
+
+
+def litgpt_versions() -> str:
+    """Versions in litgpt's environment."""
+    names = "('litgpt', 'lightning', 'torch')"
+    code = f"from importlib.metadata import version as v; print(*(f'{{n}} {{v(n)}}' for n in {names}), sep=', ')"
+    done = subprocess.run([LITGPT, "-c", code], capture_output=True, text=True, check=True)
+    return "its own environment: " + done.stdout.strip()
 
 
 def main() -> None:
@@ -167,6 +183,7 @@ def main() -> None:
         parser.error(f"--steps must be more than the {WARM_UP} of warm-up and --rounds at least 1")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
     print(f"Python {platform.python_version()}, {libraries}; {options.threads} threads, fp32")
+    print(litgpt_versions() if "litgpt" in PEERS else "litgpt left out: `make bench-peers` installs it")
     parameters = MODEL.num_parameters()
     print(f"Llama of {parameters / 1e6:.1f}M parameters, vocabulary {MODEL.vocab_size}, batch {BATCH} x {LENGTH}")
     print(f"load average {os.getloadavg()[0]:.1f}: above 0.5, other processes disturb the figures", flush=True)
