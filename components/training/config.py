@@ -14,9 +14,10 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.recipe import Section
 from modelmill.components.training.layout import ParallelConfig, joined
-from modelmill.components.training.options import ActivationMemory, MemoryBudget
+from modelmill.components.training.options import ActivationMemory, MemoryBudget, StabilityConfig
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-stochastic"]
+Schedule = Literal["cosine", "linear", "wsd"]
 AcceleratorName = Literal["auto", "cpu", "cuda", "neuron"]
 
 
@@ -34,13 +35,19 @@ class TrainingConfig(Section):
 
     learning_rate: PositiveFloat = Field(default=3e-4, description="Highest learning rate, reached after warmup.")
     min_learning_rate: NonNegativeFloat = Field(default=3e-5, description="Learning rate after the decay.")
-    schedule: Literal["cosine", "linear"] = Field(default="cosine", description="Shape of the decay.")
+    schedule: Schedule = Field(
+        default="cosine",
+        description="Shape of the decay; wsd (warmup, stable, decay) stays at the highest rate and decays late.",
+    )
     warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear growth from zero.")
-    constant_steps: NonNegativeInt = Field(
-        default=0, description="Steps at the highest rate between warmup and decay (warmup-stable-decay when large)."
+    constant_steps: NonNegativeInt | None = Field(
+        default=None,
+        description="Steps at the highest rate between warmup and decay; left out, none, and with wsd what is left.",
     )
     decay_steps: NonNegativeInt | None = Field(
-        default=None, description="Steps from the highest rate to the lowest; left out, all steps that remain."
+        default=None,
+        description="Steps from the highest rate to the lowest; left out, all steps that remain, and with wsd 20% of"
+        " the steps (or what is left, if that is less or constant_steps is given).",
     )
 
     weight_decay: NonNegativeFloat = Field(default=0.1, description="Decoupled weight decay of AdamW.")
@@ -69,6 +76,9 @@ class TrainingConfig(Section):
         default=None, description="CPU threads of each process; left out, the cores shared out."
     )
     seed: NonNegativeInt = Field(default=0, description="Decides the first weights and the order of the data.")
+    stability: StabilityConfig = Field(
+        default=StabilityConfig(), description="When the run counts as unstable, and what is done about it."
+    )
 
     log_every: PositiveInt = Field(default=10, description="Steps between two logged losses.")
     validate_every: PositiveInt | None = Field(
@@ -114,10 +124,10 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; use 0 to {self.steps}"
             )
-        used = self.warmup_steps + self.constant_steps + (self.decay_steps or 0)
+        used = self.warmup_steps + (self.constant_steps or 0) + (self.decay_steps or 0)
         if used > self.steps:
             raise ValueError(
-                f"warmup_steps {self.warmup_steps} + constant_steps {self.constant_steps}"
+                f"warmup_steps {self.warmup_steps} + constant_steps {self.constant_steps or 0}"
                 f" + decay_steps {self.decay_steps or 0} = {used} is more than steps {self.steps};"
                 f" lower one of them or raise steps to {used}"
             )
@@ -129,16 +139,36 @@ class TrainingConfig(Section):
             raise ValueError(f"betas {list(self.betas)} must both be at least 0 and below 1; use [0.9, 0.95]")
         return self
 
+    @model_validator(mode="after")
+    def _rollback_has_checkpoints(self) -> Self:
+        if self.stability.action == "rollback" and self.checkpoint_every is None:
+            raise ValueError(
+                "stability.action rollback goes back to checkpoints, and checkpoint_every is null;"
+                " set checkpoint_every, or use stability.action log or skip_step"
+            )
+        return self
+
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches each process adds up before an optimizer step."""
         return self.global_batch_size // (self.parallel.data_degree * self.micro_batch_size)
 
     @property
+    def constant_length(self) -> int:
+        """Steps at the highest rate, given or what the schedule makes of the rest."""
+        if self.constant_steps is not None:
+            return self.constant_steps
+        return self.steps - self.warmup_steps - self.decay_length if self.schedule == "wsd" else 0
+
+    @property
     def decay_length(self) -> int:
-        """Steps of decay, given or what warmup and constant steps leave."""
-        rest = self.steps - self.warmup_steps - self.constant_steps
-        return rest if self.decay_steps is None else self.decay_steps
+        """Steps of decay, given or what the schedule makes of the rest."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        rest = self.steps - self.warmup_steps - (self.constant_steps or 0)
+        if self.schedule == "wsd" and self.constant_steps is None:
+            return min(rest, max(1, self.steps // 5))
+        return rest
 
     def deciding(self) -> dict[str, Any]:
         """The fields that decide the weights, and so what a checkpoint may be continued with.

@@ -1,13 +1,22 @@
 """Options of the `training` section that are more than a number. Torch-free.
 
-Each is named in the recipe here and done in a module of its own: activation memory in `activations.py`.
+Each is named in the recipe here and done in a module of its own: activation memory in `activations.py`, stability in
+`monitor.py`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from modelmill.components.core.recipe import Section
 
@@ -68,3 +77,49 @@ def activation_label(mode: ActivationPolicy | EveryNLayers | MemoryBudget) -> st
     if isinstance(mode, EveryNLayers):
         return f"every_{mode.every_n_layers}_layers"
     return f"budget_{mode.budget:g}" if isinstance(mode, MemoryBudget) else mode
+
+
+class StabilityConfig(Section):
+    """When a run counts as unstable, and what is done about it; see `monitor.StabilityMonitor`.
+
+    Spikes, their length and the alarm are those of the Llama 2 pretraining on Trainium described by AWS; the loss
+    spike is that of OLMo-core's skip-step optimizer; rollbacks are those of PaLM (arXiv:2204.02311, section 5.1).
+    Whatever the action, a step whose loss or gradient is infinite or nan changes no weight.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    action: Literal["log", "skip_step", "rollback"] = Field(
+        default="log",
+        description="log: report spikes and alarms; skip_step: also leave out the update of a step in a spike; "
+        "rollback: on an alarm go back to the newest checkpoint and on with later batches.",
+    )
+    window: int = Field(
+        default=20,
+        ge=2,
+        description="Updates the running mean of the gradient norm covers; before that many, no spike.",
+    )
+    spike_margin: PositiveFloat = Field(
+        default=0.1, description="A gradient norm this far above its running mean is a spike, until it is below again."
+    )
+    loss_spike: PositiveFloat | None = Field(
+        default=None,
+        description="A loss this many standard deviations above the mean of the window is a spike too (OLMo-core: 6); "
+        "null: the loss makes none.",
+    )
+    max_spike_steps: PositiveInt = Field(
+        default=5,
+        description="Longest spike that settles by itself; a longer one is an alarm, and its updates are taken again.",
+    )
+    alarm_ratio: float = Field(
+        default=3.0, gt=1, description="A gradient norm above this many times the lowest so far is an alarm."
+    )
+    max_nonfinite_steps: PositiveInt = Field(
+        default=5, description="Steps in a row with an infinite or nan loss or gradient that mean divergence."
+    )
+    max_rollbacks: PositiveInt = Field(default=3, description="Rollbacks of one run; the next alarm ends it.")
+    rollback_skip_batches: NonNegativeInt = Field(
+        default=200,
+        description="Batches after the checkpoint that a rollback leaves out, at least; those up to the alarm always "
+        "are (PaLM: 200 to 500).",
+    )
