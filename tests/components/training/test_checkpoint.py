@@ -83,12 +83,12 @@ def test_the_newest_stay_and_the_rest_goes(tmp_path: Path) -> None:
 
 DAMAGES = {
     "no marker": lambda folder: (folder / "checkpoint.json").unlink(),
-    "torn marker": lambda folder: (folder / "checkpoint.json").write_text('{"format": 1, "st'),
+    "torn marker": lambda folder: (folder / "checkpoint.json").write_text('{"format": 2, "st'),
     "foreign marker": lambda folder: (folder / "checkpoint.json").write_text("[]"),
     "newer format": lambda folder: (folder / "checkpoint.json").write_text('{"format": 99}'),
-    "missing file": lambda folder: (folder / "optimizer.safetensors").unlink(),
-    "truncated file": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 10),
-    "flipped bit": lambda folder: flip(folder / "model.safetensors"),
+    "missing file": lambda folder: (folder / "optimizer-0.safetensors").unlink(),
+    "truncated file": lambda folder: (folder / "model-0.safetensors").write_bytes(b"\0" * 10),
+    "flipped bit": lambda folder: flip(folder / "model-0.safetensors"),
 }
 
 
@@ -152,7 +152,7 @@ def test_a_tied_weight_is_stored_once_and_only_persistent_buffers(tmp_path: Path
 
     model, optimizer = trained(1)
     store(tmp_path).save(Progress(1, 1), model, optimizer)
-    with safe_open(tmp_path / "step-00000001" / "model.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "step-00000001" / "model-0.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["embedding.weight", "norm.bias", "norm.weight", "seen"]
     marker = json.loads((tmp_path / "step-00000001" / "checkpoint.json").read_text())
     assert (marker["step"], marker["tokens"], marker["world_size"]) == (1, 1, 1)
