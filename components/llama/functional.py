@@ -32,7 +32,8 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [..., D] in the dtype of `hidden`.
     """
-    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype and hidden.dtype in _WIDE:
+    plain = hidden.dtype == weight.dtype and hidden.dtype in _WIDE
+    if plain and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         return _RMSNorm.apply(hidden, weight, eps)
     return F.rms_norm(hidden, weight.shape, weight, eps).to(hidden.dtype)
 
@@ -98,6 +99,7 @@ def _fusible(inputs: Tensor, linear: nn.Module) -> bool:
         and inputs.dtype == linear.weight.dtype
         and inputs.dtype in _WIDE
         and not torch.is_autocast_enabled(inputs.device.type)
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -194,6 +196,8 @@ def rotate_and_split(
     Returns:
         Queries [B, H, T, Dh], keys [B, K, T, Dh] and values [B, K, T, Dh], views of one buffer.
     """
+    if torch.compiler.is_compiling():
+        return _traceable_rotate_and_split(qkv, cos, sin, num_heads, num_kv_heads)
     return _RotateAndSplit.apply(qkv, cos, sin, num_heads, num_kv_heads)
 
 
@@ -205,6 +209,18 @@ def _rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor, direction:
     target_first.addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=target_second)
     target_second.addcmul_(first, sin, value=direction)
+
+
+def _traceable_rotate_and_split(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotate_and_split` of primitives, which a compiler fuses itself; writing into views would break its graph."""
+    grouped = qkv.unflatten(-1, (num_kv_heads, num_heads // num_kv_heads + 2, -1))
+    cos, sin = (table.to(qkv.dtype)[:, None, None] for table in (cos, sin))
+    first, second = grouped[..., :-1, :].chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    query, key, value = rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :], grouped[..., -1, :]
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class _RotateAndSplit(torch.autograd.Function):

@@ -21,6 +21,9 @@ from pydantic import (
 from modelmill.components.core.recipe import Section
 
 ActivationPolicy = Literal["none", "full", "selective", "selective_matmul"]
+AttentionName = Literal["auto", "math", "sdpa", "flash", "efficient", "cudnn", "flex", "varlen", "flash3"]
+GPU_ATTENTION = frozenset({"efficient", "cudnn", "flex", "varlen", "flash3"})
+"""Attention kernels that exist on NVIDIA GPUs only; see `attention.py`."""
 
 
 class EveryNLayers(Section):
