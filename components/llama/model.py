@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.functional import norm_linear, rms_norm, rotate_and_split, swiglu_linear
+from modelmill.components.training.initialize import init_normal
 from modelmill.components.training.loss import linear_cross_entropy
 
 
@@ -147,18 +148,15 @@ class LlamaDecoder(nn.Module):
         self.register_buffer("sin", sin.to(dtype), persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, seed: int | torch.Generator = 0) -> None:
+    def init_weights(self, seed: int = 0) -> None:
         """Draw all weights: normal(0, init_std), norms 1.
 
         The two projections that write to the residual stream get `init_std / sqrt(2 * num_layers)`, so that the
         stream's variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
 
         Args:
-            seed: the same seed on the same device type gives the same weights; or a generator on the
-                parameters' device.
+            seed: decides the weights, whatever the mesh, the kind of device and what is sharded how.
         """
-        device = self.embedding.weight.device
-        generator = seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
         residual_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -166,8 +164,8 @@ class LlamaDecoder(nn.Module):
             else:
                 writes_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
                 std = residual_std if writes_residual else self.config.init_std
-                parameter.normal_(0.0, std, generator=generator)
-        self.reset_rope(device)
+                init_normal(parameter, name=name, seed=seed, std=std)
+        self.reset_rope(self.embedding.weight.device)
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Final normalised hidden states.
