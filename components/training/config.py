@@ -14,7 +14,7 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.recipe import Section
 from modelmill.components.training.layout import ParallelConfig, joined
-from modelmill.components.training.options import ActivationMemory, MemoryBudget, StabilityConfig
+from modelmill.components.training.options import ActivationMemory, AttentionName, MemoryBudget, StabilityConfig
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-stochastic"]
 Schedule = Literal["cosine", "linear", "wsd"]
@@ -66,6 +66,16 @@ class TrainingConfig(Section):
         "stochastic rounding: Trainium only).",
     )
     activation_memory: ActivationMemory = "none"
+    attention: AttentionName = Field(
+        default="auto",
+        description="Attention kernel: auto (the first one present of a fixed order, named in the log), math, sdpa "
+        "(torch chooses), flash, efficient, cudnn, flex, varlen or flash3; all compute the same.",
+    )
+    document_masking: bool = Field(
+        default=False,
+        description="Whether positions of a packed row see their own document only, in training and validation. "
+        "The evaluation step scores whole rows, unmasked.",
+    )
     accelerator: AcceleratorName = Field(
         default="auto", description="auto: the best one with a device for every process."
     )
@@ -179,6 +189,7 @@ class TrainingConfig(Section):
 
 
 _NOT_DECIDING = {
+    "attention",
     "micro_batch_size",
     "parallel",
     "activation_memory",
@@ -234,6 +245,11 @@ def check_run(model: ModelLimits, training: TrainingConfig, tokens: Manifest) ->
         raise UserError(
             f"training.global_batch_size: {training.global_batch_size} sequences are more than the {rows} rows of"
             f" the training split; use at most {rows}, a shorter packing.sequence_length or a larger corpus"
+        )
+    if training.document_masking and "eos_token_id" not in tokens.metadata:
+        raise UserError(
+            "training.document_masking: true needs the end-of-text token, which these tokens do not name;"
+            " pack them again or use false"
         )
     if training.validation_rows and not counts["validation_rows"]:
         raise UserError(
