@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.functional import norm_linear, rms_norm, rotate_and_split, swiglu_linear
+from modelmill.components.training.attention_kernels import Attend, AttentionKernel, ScaledDotProduct
 from modelmill.components.training.initialize import init_normal
 from modelmill.components.training.loss import linear_cross_entropy
 
@@ -43,12 +44,11 @@ class Attention(nn.Module):
         )
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Attend within each row of `norm(hidden)`, [B, T, D]; `cos` and `sin` are [T, Dh / 2]."""
         qkv = norm_linear(hidden, norm, self.qkv)
         query, key, value = rotate_and_split(qkv, cos, sin, self.num_heads, self.num_kv_heads)
-        grouped = self.num_heads != self.num_kv_heads
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        attended = attend(query, key, value)
         return self.output(attended.transpose(1, 2).reshape(hidden.shape))
 
 
@@ -80,9 +80,9 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Map [B, T, D] to [B, T, D]; `cos` and `sin` are [T, Dh / 2]."""
-        hidden = hidden + self.attention(hidden, self.attention_norm, cos, sin)
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Map [B, T, D] to [B, T, D]; `cos` and `sin` are [T, Dh / 2]; `attend` knows the batch's documents."""
+        hidden = hidden + self.attention(hidden, self.attention_norm, cos, sin, attend)
         return hidden + self.feed_forward(hidden, self.feed_forward_norm)
 
 
@@ -91,8 +91,10 @@ class LlamaDecoder(nn.Module):
 
     Attributes:
         config: the architecture, with `vocab_size` set.
-        layers: the `DecoderLayer`s, each callable as `layer(hidden, cos, sin)`; wrap these to shard or
+        layers: the `DecoderLayer`s, each callable as `layer(hidden, cos, sin, attend)`; wrap these to shard or
             checkpoint activations.
+        attention_kernel: computes attention in all layers; torch's choice unless it is set to what
+            `attention.select` returns.
         lm_head: the output projection, None when the token embedding is the head too.
     """
 
@@ -121,6 +123,7 @@ class LlamaDecoder(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.attention_kernel: AttentionKernel = ScaledDotProduct()
         # Built on meta first: torch's own default initialisation would be paid for and thrown away.
         with torch.device("meta"):
             self.embedding = nn.Embedding(config.known_vocab_size, config.hidden_size)
@@ -167,11 +170,13 @@ class LlamaDecoder(nn.Module):
                 init_normal(parameter, name=name, seed=seed, std=std)
         self.reset_rope(self.embedding.weight.device)
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Final normalised hidden states.
 
         Args:
             tokens: [B, T] int64 token ids.
+            documents: [B, T] int64 ids that rise along each row (see `documents.document_ids`): a position sees its
+                own document only. Positions are not counted anew, as rotary embeddings know distances only.
 
         Returns:
             [B, T, D].
@@ -186,18 +191,20 @@ class LlamaDecoder(nn.Module):
                 f" {self.config.max_sequence_length}; shorten the sequences or raise max_sequence_length"
             )
         cos, sin = self.cos[:length], self.sin[:length]
+        attend = self.attention_kernel.plan(documents)
         hidden = self.embedding(tokens)
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin)
+            hidden = layer(hidden, cos, sin, attend)
         return self.norm(hidden)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Logits, or the loss when the targets are given.
 
         Args:
             tokens: [B, T] int64 token ids.
             targets: [B, T] int64, the token that should follow each position (already shifted); -100 is left
                 out of the loss.
+            documents: [B, T] int64 ids that rise along each row, when positions are to see their own document only.
 
         Returns:
             Without targets the logits [B, T, V]; with them the mean cross entropy in nats over the targets that
@@ -206,7 +213,7 @@ class LlamaDecoder(nn.Module):
         Raises:
             UserError: T is greater than `max_sequence_length`.
         """
-        hidden = self.hidden_states(tokens)
+        hidden = self.hidden_states(tokens, documents)
         if targets is None:
             return F.linear(hidden, self.output_weight)
         return linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
