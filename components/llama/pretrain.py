@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,11 @@ from modelmill.components.training.launch import (
 from modelmill.components.training.worker import RankContext, run_rank
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+
+    from modelmill.components.training.attention_kernels import AttentionKernel
+    from modelmill.components.training.loop import Objective
 
 MODULE = "modelmill.components.llama.pretrain"
 HISTORY = "history.jsonl"
@@ -126,6 +131,16 @@ def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
     return model(rows[:, :-1], rows[:, 1:])
 
 
+def masked_next_token_loss(model: nn.Module, rows: Tensor, *, eos: int) -> Tensor:
+    """The same, each token from those before it in its own document.
+
+    The first token of a document is predicted from the end-of-text before it, and so from the document that ended.
+    """
+    from modelmill.components.training.documents import document_ids
+
+    return model(rows[:, :-1], rows[:, 1:], document_ids(rows[:, :-1], eos))
+
+
 def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig) -> TrainingResult:
     """What one rank does: build, train, and on rank 0 export."""
     from modelmill.components.data.loader import BatchSource, open_rows
@@ -138,11 +153,13 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
 
     config, tokens = LlamaConfig.model_validate(spec["model"]), Manifest.model_validate(spec["tokens"])
     output, history = Path(spec["output"]), ranks.scratch / HISTORY
+    attention = _attention(config, training, tokens, ranks.device)
     model = LlamaDecoder(config, device=ranks.device, seed=training.seed)
+    model.attention_kernel = attention
     batches = BatchSource(open_rows(tokens, "train"), training.seed, training.global_batch_size)
     loop = TrainingLoop(
         model=model,
-        objective=next_token_loss,
+        objective=_objective(training, tokens),
         data=TrainingData(batches, open_rows(tokens, "validation")),
         config=training,
         ranks=ranks,
@@ -174,6 +191,37 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     return TrainingResult(
         counts=counts, metrics=metrics, metadata={"weights_digest": weights_digest(output / "model")}
     )
+
+
+def _objective(training: TrainingConfig, tokens: Manifest) -> Objective:
+    if not training.document_masking:
+        return next_token_loss
+    return partial(masked_next_token_loss, eos=int(tokens.metadata["eos_token_id"]))
+
+
+def _attention(
+    config: LlamaConfig, training: TrainingConfig, tokens: Manifest, device: torch.device
+) -> AttentionKernel:
+    """The attention kernel the run asks for, if this device has it."""
+    import torch
+
+    from modelmill.components.data.loader import open_rows
+    from modelmill.components.training.attention import AttentionNeeds, select
+    from modelmill.components.training.documents import most_documents
+
+    def most() -> int:
+        eos = int(tokens.metadata["eos_token_id"])
+        return max(most_documents(open_rows(tokens, split), eos) for split in ("train", "validation"))
+
+    needs = AttentionNeeds(
+        device=device,
+        dtype=torch.float32 if training.precision == "fp32" else torch.bfloat16,
+        head_dim=config.head_dim,
+        grouped=config.num_kv_heads != config.num_heads,
+        masked=training.document_masking,
+        deterministic=training.deterministic,
+    )
+    return select(training.attention, needs, most_documents=most)
 
 
 def _digest(value: Any) -> str:
