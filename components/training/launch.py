@@ -138,19 +138,13 @@ class LocalLauncher:
             raise UserError(
                 f"training.parallel.nodes: {parallel.nodes} machines need a cluster launcher; this run is local: use 1"
             )
-        for name in ("tensor", "pipeline"):
-            if (degree := getattr(parallel, name)) > 1:
-                raise UserError(
-                    f"training.parallel.{name}: {degree} is not implemented by the local engine, which is"
-                    " data-parallel only; use 1"
-                )
-        if training.precision == "bf16-stochastic":
+        if parallel.pipeline > 1:
             raise UserError(
-                "training.precision: 'bf16-stochastic' needs Trainium's stochastic rounding;"
-                " use fp32 or bf16-mixed on this machine"
+                f"training.parallel.pipeline: {parallel.pipeline} is not implemented by the local engine, which has no"
+                " pipeline schedule; use 1, and shard or tensor to spread the weights"
             )
-        if training.accelerator in ("cuda", "neuron"):
-            # Only a named device is worth torch's import here; the ranks choose and check again.
+        if training.accelerator in ("cuda", "neuron") or training.precision == "fp8-mixed":
+            # Only what a machine may lack is worth torch's import here; the ranks choose and check again.
             from modelmill.components.training.accelerator import select_accelerator
 
             select_accelerator(training.accelerator, parallel.processes_per_node, training.precision)
@@ -196,6 +190,9 @@ class LocalLauncher:
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log
+            # Neuron devices round each cast to bf16 stochastically or none; with fp32 weights that would be a mistake.
+            "NEURON_RT_STOCHASTIC_ROUNDING_EN": str(int(training.precision == "bf16-stochastic")),
+            "NEURON_RT_STOCHASTIC_ROUNDING_SEED": str(training.seed),
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "rank ${rank}: ",
         }

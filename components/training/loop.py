@@ -1,9 +1,10 @@
 """The training loop: one for pretraining, fine-tuning and adapters. What one step does, in order:
 
 1. take the global batch's part of this rank, fetched while the previous step ran;
-2. for each micro-batch: forward and backward, gradients averaged over the data-parallel ranks with the last one;
-3. clip the norm of the whole gradient, set the learning rate of the step, update the weights;
-4. at logged steps only, read loss and norm back from the device and report them;
+2. for each micro-batch: forward and backward, gradients averaged over the copies of the model with the last one;
+3. clip the norm of the whole gradient (over all shards), have the stability monitor judge it, set the learning rate of
+   the step, update the weights, or with a bad loss or norm leave them as they are;
+4. at logged steps only, read loss and norm back from the device and report them, or on an alarm go back;
 5. when due: validation, checkpoint; when told to stop: checkpoint, and out.
 
 Nothing between two logged steps waits for the device.
@@ -11,26 +12,28 @@ Nothing between two logged steps waits for the device.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.training.checkpoint import Checkpoints, Progress
 from modelmill.components.training.clock import Clock
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.feed import Batches, Feed
+from modelmill.components.training.gradients import global_norm, scale_to_norm
 from modelmill.components.training.journal import Journal
-from modelmill.components.training.optimizer import make_optimizer, set_learning_rate
+from modelmill.components.training.monitor import Findings, StabilityMonitor
+from modelmill.components.training.optimizer import make_optimizer, set_found_inf, start_step
+from modelmill.components.training.precision import autocast
 from modelmill.components.training.schedule import learning_rate
+from modelmill.components.training.sharding import gradient_sync, replicate
 from modelmill.components.training.worker import RankContext, StopRequestedError
 
 Objective = Callable[[nn.Module, Tensor], Tensor]
@@ -71,7 +74,7 @@ class TrainingLoop:
     ) -> None:
         """
         Args:
-            model: the same weights on every rank.
+            model: laid out by `prepare`, on its device and initialised; copies have the same weights.
             objective: what is minimised.
             data: rows of both splits.
             config: the training section.
@@ -86,11 +89,10 @@ class TrainingLoop:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.optimizer = make_optimizer(model, config)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.wrapped = _data_parallel(model, ranks)
+        self.wrapped = replicate(model, ranks.mesh, ranks.device)
         self.progress = Progress()
         self.clock = Clock()
-        # First step whose gradient was not finite, -1 for none; kept on the device so that looking costs nothing.
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=ranks.device)
+        self.monitor = StabilityMonitor(config.stability, ranks.device)
         self.mark = (0.0, 0)  # training seconds and tokens at the last logged step
 
     def run(self) -> dict[str, float]:
@@ -100,25 +102,33 @@ class TrainingLoop:
             Metrics of the run: losses, throughput, times.
 
         Raises:
-            UserError: the loss or the gradient became infinite or nan.
+            UserError: the loss or the gradient stayed infinite or nan, or one rollback after the other did not help.
             StopRequestedError: a rank was told to stop; the checkpoint of the last finished step is on the disk.
         """
-        config = self.config
-        self.progress = self.checkpoints.load_latest(self.model, self.optimizer)
-        self.journal.resume(self.progress.step)
-        first = self.progress
+        first = self.progress = self.checkpoints.load_latest(self.model, self.optimizer)
+        self.monitor.load(first.stability)
+        self.journal.resume(first.step, first.rollbacks)
         if first.step:
             self.journal.say("going on after step %d", first.step)
+        elif self.config.stability.action == "rollback" and first == Progress():
+            self._checkpoint()  # so that there is always one to go back to
         self.clock, self.mark = Clock(), (0.0, first.tokens)
         self.model.train()
-        with Feed(self.data.batches, self.ranks, range(first.step, config.steps)) as feed:
-            while self.progress.step < config.steps:
+        while self.progress.step < self.config.steps:
+            self._train_on_from_cursor()
+        seconds = self.clock.training
+        return {**self._summary(first, seconds), **self.journal_metrics()}
+
+    def _train_on_from_cursor(self) -> None:
+        """Train on consecutive batches to the last step, or until the run went back and skips some."""
+        start, left = self.progress.cursor, self.config.steps - self.progress.step
+        with Feed(self.data.batches, self.ranks, range(start, start + left)) as feed:
+            while self.progress.step < self.config.steps:
                 with self.clock.on("data"):
                     rows = next(feed)
                 loss, norm = self._train_step(rows)
-                self._after_step(loss, norm)
-        seconds = self.clock.training
-        return {**self._summary(first, seconds), **self.journal_metrics()}
+                if self._after_step(loss, norm):
+                    return
 
     def _train_step(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step on this rank's rows [b, T + 1]; returns its loss (this rank's mean) and gradient norm."""
@@ -128,42 +138,52 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for index, micro_batch in enumerate(micro_batches):
-            with self._gradient_sync(index == len(micro_batches) - 1):
+            with gradient_sync(self.wrapped, index == len(micro_batches) - 1):
                 with self._autocast():
                     loss = self.objective(self.wrapped, micro_batch) / len(micro_batches)
-                loss.backward()
-            losses.append(loss.detach())
+                losses.append(loss.detach())
+                # 1 while all losses are finite, else nan: it makes the whole gradient nan, and averaging that tells
+                # every other rank. So the norm alone says whether the step counts, the same on all ranks.
+                loss.backward(torch.stack(losses).sum() * 0 + 1)
         total = torch.stack(losses).sum()
-        if config.clip_norm is None:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        else:
-            norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
-        set_learning_rate(self.optimizer, learning_rate(step, config))
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = global_norm(gradients, self.ranks.world_size)
+        if config.clip_norm is not None:
+            scale_to_norm(gradients, norm, config.clip_norm)
+        start_step(self.optimizer, step, learning_rate(step, config))
+        mean_loss = None if config.stability.loss_spike is None else self._mean(total)
+        set_found_inf(self.optimizer, self.monitor.observe(step + 1, norm, mean_loss))
         self.optimizer.step()
-        bad = (self.first_bad_step < 0) & ~torch.isfinite(norm + total)
-        self.first_bad_step = torch.where(bad, step + 1, self.first_bad_step)
         tokens = config.global_batch_size * (rows.shape[1] - 1)
-        self.progress = Progress(step + 1, self.progress.tokens + tokens)
+        self.progress = replace(self.progress, step=step + 1, tokens=self.progress.tokens + tokens)
         return total, norm
 
-    def _after_step(self, loss: Tensor, norm: Tensor) -> None:
+    def _after_step(self, loss: Tensor, norm: Tensor) -> bool:
+        """Report, validate, save, stop, as due; returns whether the run went back to a checkpoint."""
         config, step = self.config, self.progress.step
         last = step == config.steps
-        if step % config.log_every == 0 or step == 1 or last:
-            self._report(loss, norm)
-        if last or (config.validate_every and step % config.validate_every == 0):
-            self._validate()
-        stop = self.ranks.stop.requested()
+        log = step % config.log_every == 0 or step == 1 or last
+        validate = last or (config.validate_every and step % config.validate_every == 0)
         # The last step is checkpointed too: what follows, the export, may fail.
-        if stop or last or (config.checkpoint_every and step % config.checkpoint_every == 0):
-            self._checkpoint()
-        if stop and not last:
-            raise StopRequestedError(f"after step {step} of {config.steps}")
+        save = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
+        stop = self.ranks.stop.requested()
+        went_back = bool(log or validate or save or stop) and self._act_on_findings()
+        if not went_back:
+            if log:
+                self._report(loss, norm)
+            if validate:
+                self._validate()
+            # Nobody wants to go back into a spike.
+            if stop or last or (save and not (config.stability.action == "rollback" and self.monitor.in_spike)):
+                self._checkpoint()
+        if stop and self.progress.step < config.steps:
+            raise StopRequestedError(f"after step {self.progress.step} of {config.steps}")
+        return went_back
 
     def _report(self, loss: Tensor, norm: Tensor) -> None:
-        self._refuse_bad_numbers()
-        # The one read of the device between two logged steps.
-        values = torch.stack([self._mean(loss), norm.to(loss.dtype)]).tolist()
+        # With what the monitor holds, all that is read of the device between two logged steps.
+        sizes = [self._mean(loss), norm, global_norm(self.parameters, self.ranks.world_size)]
+        values = torch.stack([value.to(loss.dtype) for value in sizes]).tolist()
         progress, training = self.progress, self.clock.training
         seconds, tokens = training - self.mark[0], progress.tokens - self.mark[1]
         self.mark = (training, progress.tokens)
@@ -172,53 +192,98 @@ class TrainingLoop:
             "loss": values[0],
             "learning_rate": learning_rate(progress.step - 1, self.config),
             "grad_norm": values[1],
+            "param_norm": values[2],
             "tokens": progress.tokens,
+            **self.monitor.series(),
         }
         self.journal.trained(record, self._speed(tokens, seconds))
 
     def _validate(self) -> None:
-        """Mean loss over the validation rows, each read by one rank."""
+        """Mean loss over the validation rows, each read by one rank (of one tensor group)."""
         config, ranks = self.config, self.ranks
         rows = self.data.validation[: config.validation_rows]
         if not len(rows):
             return
-        self._refuse_bad_numbers()
         ranks.accelerator.synchronize()
         with self.clock.on("validation"), torch.no_grad():
             self.model.eval()
             sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-            mine = rows[ranks.data_rank :: ranks.data_degree]
-            for start in range(0, len(mine), config.micro_batch_size):
-                part = torch.from_numpy(np.ascontiguousarray(mine[start : start + config.micro_batch_size], np.int64))
+            mine, size = rows[ranks.data_rank :: ranks.data_degree], config.micro_batch_size
+            # As many forward passes on every rank, since a sharded model gathers its weights in each: a rank that
+            # has run out of rows sends another's through and counts them as none.
+            for start in range(0, -(-len(rows) // ranks.data_degree), size):
+                part = mine[start : start + size]
+                tokens = torch.from_numpy(np.ascontiguousarray(part if len(part) else rows[:1], np.int64))
                 with self._autocast():
-                    loss = self.objective(self.model, part.to(ranks.device))
+                    loss = self.objective(self.model, tokens.to(ranks.device))
                 sums[0] += loss.double() * len(part)
                 sums[1] += len(part)
             if ranks.world_size > 1:
-                dist.all_reduce(sums)
+                dist.all_reduce(sums)  # a tensor group's ranks add the same to both sums, which their ratio undoes
             self.model.train()
             self.journal.validated(self.progress.step, float(sums[0] / sums[1]))
 
     def _checkpoint(self) -> None:
-        self._refuse_bad_numbers()
         self.ranks.accelerator.synchronize()
         with self.clock.on("checkpoint"):
-            self.checkpoints.save(self.progress, self.model, self.optimizer)
+            progress = replace(self.progress, stability=self.monitor.state())
+            self.checkpoints.save(progress, self.model, self.optimizer)
 
-    def _refuse_bad_numbers(self) -> None:
-        # Ranks see the same norm, but only their own loss: they must agree, or some would wait for ever.
-        worst = self.first_bad_step.clone()
-        if self.ranks.world_size > 1:
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        if (step := int(worst.item())) >= 0:
-            rate = learning_rate(step - 1, self.config)
+    def _act_on_findings(self) -> bool:
+        """Read what the monitor found since it was last asked; returns whether the run went back to a checkpoint."""
+        found, stability = self.monitor.look(), self.config.stability
+        diverged = found.nonfinite_steps >= min(stability.max_nonfinite_steps, self.config.steps)
+        if stability.action == "rollback":
+            unstable = torch.tensor(int(diverged or found.alarm is not None), device=self.ranks.device)
+            if self.ranks.world_size > 1:  # all or none
+                dist.all_reduce(unstable, op=dist.ReduceOp.MAX)
+            if unstable.item():
+                self._roll_back(found)
+                return True
+        if diverged:
+            raise UserError(self._divergence(found))
+        self.journal.watched(found.events, found.alarm)
+        return False
+
+    def _divergence(self, found: Findings) -> str:
+        start, length = found.nonfinite_start, found.nonfinite_steps
+        return (
+            f"training.learning_rate: the loss or its gradient became infinite or nan at step {start} and was so for"
+            f" {length} steps in a row, at learning rate {learning_rate(start - 1, self.config):.3g}; lower"
+            " training.learning_rate or raise training.warmup_steps"
+        )
+
+    def _roll_back(self, found: Findings) -> None:
+        """Go back to the newest checkpoint, and on with batches after all that were seen since.
+
+        PaLM (arXiv:2204.02311, section 5.1) restarted about 100 steps before a spike and left out the 200 to 500
+        batches around it: what spikes is a batch together with the weights it meets.
+        """
+        came_from, stability = self.progress, self.config.stability
+        reason = found.alarm or self._divergence(found)
+        if came_from.rollbacks == stability.max_rollbacks:
             raise UserError(
-                f"training.learning_rate: the loss or its gradient became infinite or nan at step {step}, at learning"
-                f" rate {rate:.3g}; lower training.learning_rate or raise training.warmup_steps"
+                f"training.stability.max_rollbacks: {came_from.rollbacks} rollbacks did not help: {reason}; lower"
+                " training.learning_rate, or raise training.stability.alarm_ratio or rollback_skip_batches"
             )
+        with self.clock.on("checkpoint"):
+            self.optimizer.state.clear()  # the checkpoint of step 0 holds none
+            back = self.checkpoints.load_latest(self.model, self.optimizer)
+        if back == Progress():
+            raise UserError(
+                f"checkpoints: no sound one is left in {self.checkpoints.folder} to go back to, and {reason};"
+                " start the run again with training.stability.action log"
+            )
+        cursor = max(came_from.cursor, back.cursor + stability.rollback_skip_batches)
+        rollbacks = came_from.rollbacks + 1
+        self.progress = replace(back, skipped_batches=cursor - back.step, rollbacks=rollbacks)
+        self.monitor.load(back.stability)
+        self.mark = (self.clock.training, back.tokens)
+        record = {"step": back.step, "rollbacks": rollbacks, "cursor": cursor, "alarm_step": came_from.step}
+        self.journal.rolled_back(record, reason)
 
     def _mean(self, value: Tensor) -> Tensor:
-        """Mean over the data-parallel ranks."""
+        """Mean over the data-parallel ranks; a tensor group's ranks have the same value, so over all ranks too."""
         if self.ranks.world_size == 1:
             return value
         value = value.clone()
@@ -259,24 +324,4 @@ class TrainingLoop:
         return {names[key]: value for key, value in self.journal.latest.items() if key in names}
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
-
-    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Average gradients over the ranks with the last micro-batch only."""
-        if last or not isinstance(self.wrapped, DistributedDataParallel):
-            return nullcontext()
-        return self.wrapped.no_sync()
-
-
-def _data_parallel(model: nn.Module, ranks: RankContext) -> nn.Module:
-    """Have gradients averaged over the data-parallel ranks; a single rank needs no wrapper."""
-    if ranks.world_size == 1:
-        return model
-    devices = None if ranks.device.type == "cpu" else [ranks.device]
-    # Buffers are constants here. torch 2.13 renamed the option that keeps them from being sent with every step.
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {buffers: False}
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+        return autocast(self.config.precision, self.ranks.device.type)

@@ -26,6 +26,7 @@ from modelmill.components.training.journal import Journal
 from modelmill.components.training.launch import TrainingResult
 from modelmill.components.training.loop import TrainingData, TrainingLoop
 from modelmill.components.training.mesh import Mesh
+from modelmill.components.training.prepare import prepare
 from modelmill.components.training.worker import RankContext, StopRequestedError, StopSignal, run_rank
 from tests.components.training.samples import MODEL, VOCAB, training_config
 
@@ -71,8 +72,12 @@ def make_loop(
     if stop_in is not None:
         batches = Stopping(batches, stop_in, ranks.stop)
     ranks.scratch.mkdir(parents=True, exist_ok=True)
+    model = LlamaDecoder(config, device="meta", dtype=dtype)
+    prepare(model, ranks, training)
+    model.to_empty(device=ranks.device)
+    model.init_weights(training.seed)
     return TrainingLoop(
-        model=LlamaDecoder(config, seed=training.seed, dtype=dtype),
+        model=model,
         objective=next_token_loss,
         data=TrainingData(batches, open_rows(tokens, "validation")),
         config=training,

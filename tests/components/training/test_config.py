@@ -49,6 +49,14 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"parallel": {"processes_per_node": 4, "tensor": 3}},
         ["training.parallel", "tensor 3", "processes_per_node 4", "1, 2, 4"],
     ),
+    "shard degree": (
+        {"parallel": {"processes_per_node": 4, "shard": 3}},
+        ["training.parallel", "shard 3 does not divide", "data-parallel degree 4", "1, 2, 4"],
+    ),
+    "shard degree beside tensor": (
+        {"parallel": {"processes_per_node": 4, "tensor": 2, "shard": 4}},
+        ["training.parallel", "shard 4 does not divide", "data-parallel degree 2", "1 or 2"],
+    ),
 }
 
 
@@ -128,9 +136,7 @@ def test_the_vocabulary_is_the_tokenizers_or_a_larger_one(tmp_path: Path) -> Non
     ("changes", "expected"),
     [
         ({"parallel": {"nodes": 2}}, ["training.parallel.nodes: 2", "cluster launcher"]),
-        ({"parallel": {"tensor": 2}}, ["training.parallel.tensor: 2", "use 1"]),
-        ({"parallel": {"pipeline": 2}}, ["training.parallel.pipeline: 2", "use 1"]),
-        ({"precision": "bf16-stochastic"}, ["training.precision: 'bf16-stochastic'", "Trainium", "bf16-mixed"]),
+        ({"parallel": {"pipeline": 2}}, ["training.parallel.pipeline: 2", "use 1", "shard or tensor"]),
     ],
 )
 def test_the_local_launcher_refuses_what_it_cannot_do(changes: dict[str, Any], expected: list[str]) -> None:
