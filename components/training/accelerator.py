@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.training.config import Precision
+from modelmill.components.training.precision import precisions_on
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -36,7 +37,7 @@ class Accelerator(Protocol):
         """Collective backend in `init_process_group`'s notation, with one for CPU tensors beside it."""
 
     def precisions(self) -> tuple[Precision, ...]:
-        """Precisions this engine implements on the device."""
+        """Precisions this engine computes in on the device, as this machine has it."""
 
     def device_name(self) -> str:
         """Model name of the hardware, as `estimate.peak_flops` knows it."""
@@ -63,7 +64,7 @@ class CPU:
         return "gloo"
 
     def precisions(self) -> tuple[Precision, ...]:
-        return ("fp32", "bf16-mixed")
+        return precisions_on(self.name)
 
     def device_name(self) -> str:
         return "cpu"
@@ -92,7 +93,7 @@ class CUDA:
         return "cpu:gloo,cuda:nccl"
 
     def precisions(self) -> tuple[Precision, ...]:
-        return ("fp32", "bf16-mixed")
+        return precisions_on(self.name)
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name()
@@ -121,7 +122,7 @@ class Neuron:
         return f"cpu:gloo,neuron:{dist.get_default_backend_for_device('neuron')}"
 
     def precisions(self) -> tuple[Precision, ...]:
-        return ("fp32", "bf16-mixed")
+        return precisions_on(self.name)
 
     def device_name(self) -> str:
         return "neuron"
@@ -167,8 +168,8 @@ def select_accelerator(name: str, processes: int, precision: Precision = "fp32")
     accelerator = _KNOWN[name]()
     if precision not in accelerator.precisions():
         raise UserError(
-            f"training.precision: {precision!r} is not implemented on {name} by this engine;"
-            f" use {' or '.join(accelerator.precisions())}"
+            f"training.precision: {precision!r} is not to be had on {name} in this machine;"
+            f" use {', '.join(accelerator.precisions())}"
         )
     return accelerator
 

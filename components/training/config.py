@@ -16,7 +16,8 @@ from modelmill.components.core.recipe import Section
 from modelmill.components.training.layout import ParallelConfig, joined
 from modelmill.components.training.options import ActivationMemory, AttentionName, MemoryBudget, StabilityConfig
 
-Precision = Literal["fp32", "bf16-mixed", "bf16-stochastic"]
+Precision = Literal["fp32", "bf16-mixed", "bf16-stochastic", "fp8-mixed"]
+OptimizerState = Literal["fp32", "8bit"]
 Schedule = Literal["cosine", "linear", "wsd"]
 AcceleratorName = Literal["auto", "cpu", "cuda", "neuron"]
 
@@ -62,8 +63,12 @@ class TrainingConfig(Section):
 
     precision: Precision = Field(
         default="fp32",
-        description="fp32; bf16-mixed (bf16 products, fp32 weights and sums); bf16-stochastic (bf16 weights with "
-        "stochastic rounding: Trainium only).",
+        description="fp32; bf16-mixed (bf16 products, fp32 weights and sums); bf16-stochastic (weights, gradients and "
+        "moments in bf16, updates rounded stochastically); fp8-mixed (bf16-mixed with the blocks' products in fp8).",
+    )
+    optimizer_state: OptimizerState = Field(
+        default="fp32",
+        description="AdamW's moments: fp32 (bf16 with bf16-stochastic), or 8bit for matrices of 4096 elements or more.",
     )
     activation_memory: ActivationMemory = "none"
     attention: AttentionName = Field(

@@ -11,6 +11,8 @@ import torch
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.training.accelerator import present, select_accelerator
+from modelmill.components.training.config import Precision
+from modelmill.components.training.float8 import float8_works
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -31,9 +33,30 @@ def test_auto_falls_back_to_the_cpu() -> None:
     assert select_accelerator("auto", 2, "bf16-mixed").name == "cpu"
 
 
-def test_a_precision_the_device_does_not_do_is_refused() -> None:
-    with pytest.raises(UserError, match=r"training\.precision: 'bf16-stochastic' .* use fp32 or bf16-mixed"):
-        select_accelerator("cpu", 1, "bf16-stochastic")
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-stochastic"])
+def test_a_cpu_computes_in_software_what_it_has_no_instructions_for(precision: Precision) -> None:
+    assert select_accelerator("cpu", 1, precision).name == "cpu"
+
+
+def test_a_precision_the_device_lacks_is_refused_with_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    float8_works.cache_clear()
+    try:
+        with pytest.raises(UserError) as caught:
+            select_accelerator("cpu", 1, "fp8-mixed")
+    finally:
+        float8_works.cache_clear()
+    assert str(caught.value) == (
+        "training.precision: 'fp8-mixed' is not to be had on cpu in this machine;"
+        " use fp32, bf16-mixed, bf16-stochastic"
+    )
+
+
+def test_fp8_is_offered_where_its_products_work() -> None:
+    assert ("fp8-mixed" in select_accelerator("cpu", 1).precisions()) is float8_works("cpu")
 
 
 # A device renamed to "neuron" and a module with what torch asks of one, in a process of its own: torch keeps the name.
@@ -52,10 +75,12 @@ NEURON = """
     from modelmill.components.training.accelerator import present, select_accelerator
 
     print(present().get("neuron"), select_accelerator("auto", 2).name, select_accelerator("auto", 8).name)
-    try:
-        select_accelerator("neuron", 8)
-    except UserError as error:
-        print(error)
+    for processes, precision in ((8, "fp32"), (1, "fp8-mixed")):
+        try:
+            select_accelerator("neuron", processes, precision)
+        except UserError as error:
+            print(error)
+    print(select_accelerator("neuron", 1, "bf16-stochastic").name)
 """
 
 
@@ -63,6 +88,8 @@ def test_a_neuron_device_is_found_through_torchs_own_hooks() -> None:
     command = [sys.executable, "-c", textwrap.dedent(NEURON)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found, refused = done.stdout.strip().splitlines()
+    found, refused, narrow, stochastic = done.stdout.strip().splitlines()
     assert found == "4 neuron cpu"
     assert "8 processes and 4 neuron devices; use 4 processes" in refused
+    assert "'fp8-mixed' is not to be had on neuron in this machine; use fp32, bf16-mixed, bf16-stochastic" in narrow
+    assert stochastic == "neuron"
