@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.options import GPU_ATTENTION
 from modelmill.components.training.processes import PARENT_VARIABLE, available_cores, describe_exit
 
 LAUNCHED_VARIABLE = "MODELMILL_LAUNCHED"  # when the launcher began, seconds since the epoch
@@ -143,11 +144,17 @@ class LocalLauncher:
                 f"training.parallel.pipeline: {parallel.pipeline} is not implemented by the local engine, which has no"
                 " pipeline schedule; use 1, and shard or tensor to spread the weights"
             )
-        if training.accelerator in ("cuda", "neuron") or training.precision == "fp8-mixed":
+        gpu_attention = training.attention in GPU_ATTENTION
+        if training.accelerator in ("cuda", "neuron") or training.precision == "fp8-mixed" or gpu_attention:
             # Only what a machine may lack is worth torch's import here; the ranks choose and check again.
             from modelmill.components.training.accelerator import select_accelerator
 
-            select_accelerator(training.accelerator, parallel.processes_per_node, training.precision)
+            found = select_accelerator(training.accelerator, parallel.processes_per_node, training.precision)
+            if gpu_attention and found.name != "cuda":
+                raise UserError(
+                    f"training.attention: {training.attention!r} needs an NVIDIA GPU, and this run is on {found.name};"
+                    f" use auto, math, sdpa{' or flash' if found.name == 'cpu' else ''}"
+                )
 
     def launch(self, job: TrainingJob) -> TrainingResult:
         self.check(job.training)

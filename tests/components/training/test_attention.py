@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from modelmill.components.core.errors import UserError
+from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.training import attention, attention_kernels
 from modelmill.components.training.attention import AttentionNeeds, make_kernel, present, select
 from modelmill.components.training.attention_kernels import DocumentwiseFlash, Flex, ScaledDotProduct
+from modelmill.components.training.config import check_run
 from modelmill.components.training.documents import (
     cumulative_lengths,
     document_blocks,
@@ -27,6 +30,7 @@ from modelmill.components.training.documents import (
     document_mask,
     most_documents,
 )
+from tests.components.training.samples import MODEL, make_tokens, training_config
 
 CPU = torch.device("cpu")
 EOS = 0
@@ -352,3 +356,20 @@ def test_other_devices_leave_the_choice_to_torch(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, "modelmill"):
         assert select("auto", needs(torch.device("meta"), masked=True)) == ScaledDotProduct()
     assert caplog.messages == ["attention: sdpa (auto, on meta)"]
+
+
+def test_the_kernel_does_not_decide_the_weights_and_masking_does() -> None:
+    def deciding(**changes: Any) -> dict[str, Any]:
+        return training_config(**changes).deciding()
+
+    assert deciding(attention="math") == deciding() != deciding(document_masking=True)
+
+
+def test_masking_needs_tokens_that_name_the_end_of_text(tmp_path: Path) -> None:
+    tokens = make_tokens(tmp_path / "tokens")
+    model = LlamaConfig.model_validate(MODEL)
+    check_run(model, training_config(document_masking=True), tokens)
+    del tokens.metadata["eos_token_id"]
+    check_run(model, training_config(), tokens)
+    with pytest.raises(UserError, match=r"training\.document_masking: true .* use false"):
+        check_run(model, training_config(document_masking=True), tokens)
