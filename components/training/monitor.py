@@ -73,13 +73,14 @@ class _Row:
 class StabilityMonitor:
     """Watches the gradient norm, and on request the loss. Ranks that see the same numbers find the same."""
 
-    def __init__(self, config: StabilityConfig, device: torch.device) -> None:
+    def __init__(self, config: StabilityConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """
         Args:
             config: what counts as a spike or an alarm, and whether spikes are skipped.
             device: where norms and losses lie.
+            dtype: to compute in.
         """
-        self.config, self.device = config, device
+        self.config, self.device, self.dtype = config, device, dtype
         self.load({})
 
     def load(self, state: dict[str, Any]) -> None:
@@ -125,7 +126,7 @@ class StabilityMonitor:
             ValueError: `loss_spike` is set and there is no loss.
         """
         config = self.config
-        norm = norm.to(torch.float32)
+        norm = norm.to(self.dtype)
         finite = torch.isfinite(norm)
         full = self._updates == config.window
         mean = self._norms.sum() / self._updates.clamp(min=1)
@@ -133,7 +134,7 @@ class StabilityMonitor:
         if config.loss_spike is not None:
             if loss is None:
                 raise ValueError("loss_spike needs the loss of every step")
-            loss = loss.to(torch.float32)
+            loss = loss.to(self.dtype)
             finite = finite & torch.isfinite(loss)
             deviation, loss_mean = torch.std_mean(self._losses)
             above = above | (loss > loss_mean + config.loss_spike * deviation)
@@ -144,7 +145,7 @@ class StabilityMonitor:
         skipped = ~finite
         if config.action == "skip_step":
             skipped = skipped | (above & ~lasting)
-        row = [norm, mean, self._lowest, *(flag.to(torch.float32) for flag in (length, finite, skipped, alarm))]
+        row = [norm, mean, self._lowest, *(flag.to(self.dtype) for flag in (length, finite, skipped, alarm))]
         self._rows.append((step, torch.stack(row)))
         self._norms = torch.where(skipped, self._norms, torch.cat([self._norms[1:], norm.view(1)]))
         if config.loss_spike is not None and loss is not None:
@@ -217,4 +218,4 @@ class StabilityMonitor:
         self._last = row
 
     def _tensor(self, values: float | list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+        return torch.tensor(values, dtype=self.dtype, device=self.device)
