@@ -92,7 +92,8 @@ class TrainingLoop:
         self.wrapped = replicate(model, ranks.mesh, ranks.device)
         self.progress = Progress()
         self.clock = Clock()
-        self.monitor = StabilityMonitor(config.stability, ranks.device)
+        exact = any(parameter.dtype == torch.float64 for parameter in self.parameters)
+        self.monitor = StabilityMonitor(config.stability, ranks.device, torch.float64 if exact else torch.float32)
         self.mark = (0.0, 0)  # training seconds and tokens at the last logged step
 
     def run(self) -> dict[str, float]:
@@ -240,9 +241,9 @@ class TrainingLoop:
             if unstable.item():
                 self._roll_back(found)
                 return True
+        self.journal.watched(found.events, found.alarm)
         if diverged:
             raise UserError(self._divergence(found))
-        self.journal.watched(found.events, found.alarm)
         return False
 
     def _divergence(self, found: Findings) -> str:
