@@ -51,10 +51,10 @@ def shard(model: nn.Module, mesh: Mesh, precision: Precision) -> None:
     found = blocks(model)
     if precision in ("bf16-mixed", "fp8-mixed"):
         matrices = {p for block in found for p in block.parameters() if p.dim() > 1}
-        rest = set(model.parameters()) - matrices
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         # The root goes first here: it takes vectors out of the blocks, which it could no longer reach afterwards.
         fully_shard(model, mesh=grid, ignored_params=matrices)
+        rest = set(model.parameters()) - matrices
         for block in found:
             fully_shard(block, mesh=grid, mp_policy=half, ignored_params=rest)
         return
