@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from modelmill.components.data.loader import BatchSource, open_rows
 from modelmill.components.llama.config import LlamaConfig
+from modelmill.components.llama.huggingface import load_huggingface
 from modelmill.components.llama.model import LlamaDecoder
-from modelmill.components.llama.pretrain import masked_next_token_loss, next_token_loss
+from modelmill.components.llama.pretrain import masked_next_token_loss, next_token_loss, pretrain
 from modelmill.components.training import activations, attention_kernels
 from modelmill.components.training.attention import AttentionNeeds, make_kernel
 from modelmill.components.training.attention_kernels import Attend, DocumentwiseFlash
 from modelmill.components.training.documents import document_ids, document_lengths, document_mask
+from tests.components.training.samples import VOCAB, make_tokenizer, make_tokens, pretrain_config
 
 from .conftest import make_config
 
@@ -131,3 +136,30 @@ def test_masked_flash_attention_makes_no_mask(monkeypatch: pytest.MonkeyPatch) -
     model = LlamaDecoder(make_config())
     model.attention_kernel = make_kernel("flash", AttentionNeeds(CPU, torch.float32, 16))
     partial(masked_next_token_loss, eos=EOS)(model, rows()).backward()
+
+
+def test_pretraining_masks_training_and_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step itself: its first training loss and its validation loss are those of masked rows."""
+    monkeypatch.setenv("MODELMILL_HOME", str(tmp_path / "home"))
+    tokens, tokenizer = make_tokens(tmp_path / "tokens"), make_tokenizer(tmp_path / "tokenizer")
+    config = pretrain_config(
+        document_masking=True, attention="math", steps=1, warmup_steps=0, parallel={"processes_per_node": 1}
+    )
+    output = tmp_path / "attempt" / "data"
+    output.mkdir(parents=True)
+    result = pretrain(config, output, tokenizer=tokenizer, tokens=tokens)
+
+    training = config.training
+    model = LlamaDecoder(config.model.model_copy(update={"vocab_size": VOCAB}), seed=training.seed)
+    batch = BatchSource(open_rows(tokens, "train"), training.seed, training.global_batch_size).batch(0, 0, 1)
+    first = torch.from_numpy(batch.astype(np.int64))
+    assert result.metrics["train_loss"] == pytest.approx(
+        masked_next_token_loss(model, first, eos=EOS).item(), rel=1e-6
+    )
+    assert result.metrics["train_loss"] != pytest.approx(next_token_loss(model, first).item(), rel=1e-6)
+
+    trained = load_huggingface(output / "model")
+    held_out = torch.from_numpy(open_rows(tokens, "validation")[: training.validation_rows].astype(np.int64))
+    masked, whole = masked_next_token_loss(trained, held_out, eos=EOS), next_token_loss(trained, held_out)
+    assert result.metrics["validation_loss"] == pytest.approx(masked.item(), rel=1e-6)
+    assert result.metrics["validation_loss"] != pytest.approx(whole.item(), rel=1e-6)
