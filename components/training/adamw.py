@@ -66,7 +66,7 @@ class AdamW(torch.optim.Optimizer):
             seed: of the random bits, which are a function of seed, step and parameter: ranks that hold the same part
                 of a parameter round it alike.
         """
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})  # type: ignore[arg-type]
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.quantized, self.stochastic_rounding, self.seed = state == "8bit", stochastic_rounding, seed
         self.found_inf, self.steps = None, 0
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -146,7 +146,7 @@ class AdamW(torch.optim.Optimizer):
             return None
         place: list[int] = []
         if isinstance(parameter, DTensor):
-            coordinates = parameter.device_mesh.get_coordinate() or []
+            coordinates: list[int] = parameter.device_mesh.get_coordinate() or []
             placements = zip(coordinates, parameter.placements, strict=True)
             # Not is_shard, which a strided part (tensor parallelism below FSDP) denies.
             place = [coordinate for coordinate, placement in placements if not placement.is_replicate()]
@@ -184,9 +184,8 @@ def _update_rule(group: dict[str, Any], step: Tensor) -> Callable[..., tuple[Ten
     rate, eps, decay = group["lr"], group["eps"], group["weight_decay"]
     beta1, beta2 = group["betas"]
     # expm1 keeps the digits that 1 - beta^step loses when beta is near 1.
-    correction1, correction2 = (
-        -torch.expm1(step * (math.log(beta) if beta else -math.inf)) for beta in (beta1, beta2)
-    )
+    logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    correction1, correction2 = (-torch.expm1(step * log) for log in logs)
     size, root = rate / correction1, correction2.sqrt()
 
     def rule(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:

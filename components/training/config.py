@@ -68,7 +68,7 @@ class TrainingConfig(Section):
     )
     optimizer_state: OptimizerState = Field(
         default="fp32",
-        description="AdamW's moments: fp32 (bf16 with bf16-stochastic), or 8bit for matrices of 4096 elements or more.",
+        description="AdamW's moments: fp32 (bf16 with bf16-stochastic), or 8bit for all but small ones and vectors.",
     )
     activation_memory: ActivationMemory = "none"
     attention: AttentionName = Field(

@@ -1,9 +1,9 @@
 """Linear layers whose products are computed in 8-bit floating point, with one scale for each tensor.
 
 Forward operands are e4m3 (3 bits of mantissa, up to 448), gradients e5m2 (up to 57344), as Micikevicius et al. 2022
-(arXiv:2209.05433) recommend for training. Scales are dynamic: the largest magnitude of each tensor, found anew in every
-product, becomes the largest number of the format. Weights, their gradients and what lies between the layers keep their
-precision; only `torch._scaled_mm` sees 8 bits, and it adds up in fp32.
+(arXiv:2209.05433) recommend for training. Scales are dynamic: the largest magnitude of each tensor, found anew in each
+product, becomes the largest number of the format. Weights, their gradients and what lies between the layers keep
+their precision; only `torch._scaled_mm` sees 8 bits, and it adds up in fp32.
 """
 
 from __future__ import annotations

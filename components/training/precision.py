@@ -7,9 +7,9 @@
 | bf16-stochastic | bf16 | bf16 | bf16, over ranks fp32 | bf16 | stochastic |
 | fp8-mixed | fp32 | fp8 in blocks, else bf16 | fp32 | fp32 | to nearest |
 
-The choice between the middle ones is that of the Llama 2 pretraining on Trainium described by AWS: bf16 alone diverged,
-bf16 with stochastic rounding converged as mixed precision did, with less memory and more tokens a second. Mixed
-precision follows Micikevicius et al. 2018 (arXiv:1710.03740) without loss scaling, which the exponents of bf16 spare.
+The choice between the middle ones is that of the Llama 2 pretraining on Trainium described by AWS: bf16 alone
+diverged, bf16 with stochastic rounding converged as mixed precision did, with less memory and more tokens a second.
+Mixed precision follows Micikevicius et al. 2018 (arXiv:1710.03740) without loss scaling, which bf16's exponents spare.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ numbers keeps an outlier from spoiling the rest of the tensor.
 Two details differ from the paper, so that what was quantised once is not changed by being quantised again (a run that
 goes on from a checkpoint does so), and so that an update stays bounded:
 
-- A block's scale is its number of largest magnitude with its sign, which the code +1 then gives back exactly. Scaled by
-  the magnitude alone a negative one would shrink each time: there is no code -1.
+- A block's scale is its number of largest magnitude with its sign, which the code +1 then gives back exactly. Scaled
+  by the magnitude alone a negative one would shrink each time: there is no code -1.
 - Of a second moment, only zero becomes zero. One rounded to zero would leave eps as the whole denominator.
 """
 
