@@ -23,40 +23,28 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.training.blocks import blocks
 from modelmill.components.training.options import ActivationMemory, EveryNLayers, MemoryBudget
 
-_aten, _collectives = torch.ops.aten, torch.ops._c10d_functional
+MATMULS = frozenset({"aten::mm", "aten::bmm", "aten::addmm"})
+"""What `selective_matmul` keeps, by the names of operators."""
 
-
-def _overloads(*packets: Any) -> frozenset[Any]:
-    """Every overload of some operators that returns a new result.
-
-    A policy is asked about overloads (`aten.mm.default`), to which a packet (`aten.mm`) never compares equal: a list
-    of packets keeps nothing and says nothing. Variants that write into an argument are left out, since handing back
-    a kept result would leave that argument unwritten.
-    """
-    found = (getattr(packet, name) for packet in packets for name in packet.overloads())
-    return frozenset(overload for overload in found if not overload._schema.is_mutable)
-
-
-MATMULS = _overloads(_aten.mm, _aten.bmm, _aten.addmm)
-"""What `selective_matmul` keeps."""
-
-COMPUTE_HEAVY = MATMULS | _overloads(
-    _aten._scaled_mm,
-    _aten._grouped_mm,
-    _aten.convolution,
-    _aten.convolution_backward,
-    _aten.upsample_bilinear2d,
-    _aten._scaled_dot_product_flash_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu,
-    _aten._scaled_dot_product_efficient_attention,
-    _aten._scaled_dot_product_cudnn_attention,
-    _aten._flash_attention_forward,
-    _aten._efficient_attention_forward,
+COMPUTE_HEAVY = MATMULS | {
+    "aten::_scaled_mm",
+    "aten::_grouped_mm",
+    "aten::convolution",
+    "aten::convolution_backward",
+    "aten::upsample_bilinear2d",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "torch_attn::_varlen_attn",
     # Sums over ranks wait for a network. Gathers do too, but their results are the largest tensors of a block.
-    _collectives.all_reduce,
-    _collectives.reduce_scatter_tensor,
-)
-"""What `selective` keeps: everything that costs much to compute again."""
+    "_c10d_functional::all_reduce",
+    "_c10d_functional::reduce_scatter_tensor",
+}
+"""What `selective` keeps: everything torch knows that costs much to compute again. Attention of other packages and
+compiled attention are not operators of torch and run again."""
 
 
 def apply(model: nn.Module, mode: ActivationMemory) -> None:
@@ -99,8 +87,16 @@ def _contexts(mode: ActivationMemory) -> dict[str, Callable[[], Any]]:
     )
 
 
-def _decide(kept: frozenset[Any], context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _decide(kept: frozenset[str], context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Whether a result is kept, for `create_selective_checkpoint_contexts`.
+
+    A policy is asked about an overload (`aten.mm.default`), to which the operator's packet (`aten.mm`) never compares
+    equal: a list of packets keeps nothing and says nothing, so names are compared. A variant that writes into an
+    argument always runs again, since handing back a kept result would leave that argument unwritten.
+    """
+    schema = getattr(operator, "_schema", None)
+    keep = schema is not None and schema.name in kept and not schema.is_mutable
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from modelmill.components.training.config import Precision, TrainingConfig
+from modelmill.components.training.options import EveryNLayers, MemoryBudget
 
 _GIB = 2**30
 
@@ -98,36 +99,91 @@ def estimate_memory(model: DecoderSizes, training: TrainingConfig, sequence_leng
 
 
 def activation_bytes(model: DecoderSizes, training: TrainingConfig, sequence_length: int) -> int:
-    """Bytes kept from the forward for the backward pass of one micro-batch, nothing checkpointed.
+    """Bytes of activations at the height of the backward pass of one micro-batch.
 
-    With D hidden, I intermediate, H and K heads and key-value heads of size Dh, for each token and layer:
+    `saved_bytes`, and for a checkpointed block what its second forward pass makes anew: the last block's, which
+    is the first to run again, while all others still hold what they saved. The gradients that pass through it
+    (about w x (2 I + D) a token) are left out, like all that an operator needs while it runs.
+    """
+    kept, plain = _layer_bytes(model, training)
+    mode, hidden, inner = training.activation_memory, model.hidden_size, model.intermediate_size
+    width, stream = _widths(training.precision)
+    if mode == "none":
+        again = 0
+    elif mode == "full":
+        again = plain
+    elif isinstance(mode, EveryNLayers):
+        again = 0 if (model.num_layers - 1) % mode.every_n_layers else plain
+    elif isinstance(mode, MemoryBudget):
+        again = max(0, plain - kept)
+    else:  # what is kept anyway: the input, the fused gate and up projection, and the attention
+        attention = width * hidden + 4 * model.num_heads if mode == "selective" else 0
+        again = plain - stream * hidden - width * 2 * inner - attention
+    tokens = training.micro_batch_size * sequence_length
+    return saved_bytes(model, training, sequence_length) + int(tokens * again / training.parallel.tensor)
+
+
+def saved_bytes(model: DecoderSizes, training: TrainingConfig, sequence_length: int) -> int:
+    """Bytes kept from the forward for the backward pass of one micro-batch.
+
+    With D hidden, I intermediate, H and K heads and key-value heads of size Dh, for each token and layer that is not
+    checkpointed:
 
         fp32 on a CPU    4 x (3 D + (H + 2 K) Dh + 2 I + H + 2), norms and SwiGLU recomputed
         fp32 elsewhere   the same + 4 x 2 D, norms kept
-        bf16             4 x (2 D + H + 2) + 2 x (3 D + (H + 2 K) Dh + 4 I), a residual stream in fp32
+        mixed            4 x (2 D + H + 2) + 2 x (3 D + (H + 2 K) Dh + 4 I), a residual stream in fp32
                          (with stochastic rounding in bf16)
 
-    and once: the last hidden state (2 x 4 D a token), its gradient, and the head's weight gradient [V, D] in fp32,
-    which the chunked loss makes in the forward pass. bf16-mixed adds a bf16 copy of the weights. Attention is
-    the memory-efficient kind: no T x T scores. Tensor parallelism divides all of it (with sequence
-    parallelism); a pipeline of P stages holds L / P layers of P micro-batches at once.
+    and, with s bytes an element of the stream and w of a product, for one that is:
+
+        full                s D
+        selective_matmul    s D + w ((H + 2 K) Dh + 2 D + 2 I)
+        selective           the same + w D + 4 H
+        budget b            s D + b (the intermediates of composed operators, as of mixed above, - s D) at most
+
+    and once: the last hidden state, its gradient, and the head's weight gradient [V, D] in fp32, which the chunked
+    loss makes in the forward pass. Mixed precision adds a bf16 copy of the weights of blocks that
+    are not checkpointed. Attention is the memory-efficient kind: no T x T scores. Tensor parallelism divides all of it
+    (with sequence parallelism); a pipeline of P stages holds L / P layers of P micro-batches at once.
     """
-    parallel, precision = training.parallel, training.precision
-    hidden, inner = model.hidden_size, model.intermediate_size
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    if precision == "fp32":
-        on_cpu = training.accelerator in ("auto", "cpu")
-        layer = 4 * (3 * hidden + heads + 2 * inner + model.num_heads + 2 + (0 if on_cpu else 2 * hidden))
-        cast = 0.0
+    parallel, mode, layers = training.parallel, training.activation_memory, model.num_layers
+    kept, plain = _layer_bytes(model, training)
+    if isinstance(mode, EveryNLayers):
+        checkpointed = -(-layers // mode.every_n_layers)
     else:
-        stream = 4 if precision == "bf16-mixed" else 2
-        layer = stream * 2 * hidden + 4 * (model.num_heads + 2) + 2 * (3 * hidden + heads + 4 * inner)
-        cast = 2 * model.num_parameters() / parallel.pipeline if precision == "bf16-mixed" else 0.0
+        checkpointed = 0 if mode == "none" else layers
+    whole = 1.0 if isinstance(mode, MemoryBudget) and mode.budget else 1 - checkpointed / layers
+    cast = whole * 2 * model.num_parameters() / parallel.pipeline if training.precision.endswith("-mixed") else 0.0
     tokens = training.micro_batch_size * sequence_length
     in_flight = min(parallel.pipeline, training.accumulation_steps)
-    layers = tokens * layer * model.num_layers / parallel.pipeline * in_flight
-    head = 4 * hidden * (3 * tokens + model.known_vocab_size)
-    return int((layers + head + cast) / parallel.tensor)
+    of_layers = checkpointed * kept + (layers - checkpointed) * plain
+    head = 4 * model.hidden_size * (2 * tokens + model.known_vocab_size)
+    return int((tokens * of_layers / parallel.pipeline * in_flight + head + cast) / parallel.tensor)
+
+
+def _layer_bytes(model: DecoderSizes, training: TrainingConfig) -> tuple[float, int]:
+    """Saved bytes of one token in a layer under the mode, and in one that nothing is done to; see `saved_bytes`."""
+    hidden, inner, mode = model.hidden_size, model.intermediate_size, training.activation_memory
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    width, stream = _widths(training.precision)
+    composed = stream * 2 * hidden + 4 * (model.num_heads + 2) + width * (3 * hidden + heads + 4 * inner)
+    plain = composed
+    if training.precision == "fp32":  # the hand-written gradients
+        plain -= width * 2 * inner
+        plain -= width * 2 * hidden if training.accelerator in ("auto", "cpu") else 0
+    if isinstance(mode, MemoryBudget):
+        return stream * hidden + mode.budget * (composed - stream * hidden), composed
+    kept = stream * hidden
+    if mode in ("selective", "selective_matmul"):
+        kept += width * (heads + 2 * hidden + 2 * inner)
+    if mode == "selective":
+        kept += width * hidden + 4 * model.num_heads
+    return kept, plain
+
+
+def _widths(precision: Precision) -> tuple[int, int]:
+    """Bytes of an element of a product and of the residual stream."""
+    return (2 if precision != "fp32" else 4), (2 if precision == "bf16-stochastic" else 4)
 
 
 def training_flops(model: DecoderSizes, training: TrainingConfig, sequence_length: int) -> int:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.model import LlamaDecoder
-from modelmill.components.training import estimate
+from modelmill.components.training import activations, estimate
+from modelmill.components.training.memory_tracker import saved_for_backward
 from modelmill.components.training.optimizer import make_optimizer
+from modelmill.components.training.options import ActivationMemory, EveryNLayers
 from tests.components.training.samples import training_config
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,33 +48,50 @@ def test_weights_gradients_and_moments_are_exact(shape: str) -> None:
     assert memory.optimizer == sum(value.nbytes for value in moments)
 
 
-def held_for_backward(model: LlamaDecoder, rows: Tensor, precision: str) -> int:
-    """Bytes of distinct storages that the forward pass keeps for the backward pass, parameters aside."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}
+def saved_by(config: LlamaConfig, mode: ActivationMemory, precision: str) -> int:
+    """Bytes that the forward pass of a model leaves behind for the backward pass."""
+    model = LlamaDecoder(config)
+    activations.apply(model, mode)
+    rows = torch.randint(0, config.known_vocab_size, (4, 97))
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    def forward() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            return model(rows[:, :-1], rows[:, 1:])
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
-    ):
-        loss = model(rows[:, :-1], rows[:, 1:])
-    head = [gradient for gradient in loss.grad_fn.gradients if gradient is not None]
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) + sum(gradient.nbytes for gradient in head)
+    forward().backward()  # lazily made buffers are not the step's
+    return saved_for_backward(forward)[1]
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
-def test_activations_are_within_a_fifth_of_what_autograd_keeps(shape: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    "mode", ["none", "full", "selective", "selective_matmul", EveryNLayers(every_n_layers=2)], ids=str
+)
+def test_saved_bytes_are_within_a_tenth_of_what_is_held(shape: str, precision: str, mode: ActivationMemory) -> None:
     config = model_config(shape)
-    rows = torch.randint(0, config.known_vocab_size, (4, 97))
-    measured = held_for_backward(LlamaDecoder(config), rows, precision)
-    training = training_config(micro_batch_size=4, precision=precision, parallel={"processes_per_node": 1})
-    assert estimate.activation_bytes(config, training, 96) == pytest.approx(measured, rel=0.2)
+    training = training_config(
+        micro_batch_size=4, precision=precision, activation_memory=mode, parallel={"processes_per_node": 1}
+    )
+    assert estimate.saved_bytes(config, training, 96) == pytest.approx(saved_by(config, mode, precision), rel=0.1)
+
+
+def test_the_height_adds_one_block_run_again() -> None:
+    config = model_config("untied, deeper")
+
+    def sizes(mode: Any) -> tuple[int, int]:
+        training = training_config(activation_memory=mode, parallel={"processes_per_node": 1})
+        return estimate.saved_bytes(config, training, 96), estimate.activation_bytes(config, training, 96)
+
+    (none, none_height), (full, full_height) = sizes("none"), sizes("full")
+    assert none == none_height
+    stream = 4 * config.hidden_size * 2 * 96  # of the micro-batch of 2
+    assert full_height - full == pytest.approx((none - full) / config.num_layers + stream, abs=2)
+    fifth = sizes({"every_n_layers": 5})  # of five blocks only the first, whose turn comes last
+    assert full < fifth[0] == fifth[1] < none
+    matmul, selective = sizes("selective_matmul"), sizes("selective")
+    assert full < matmul[0] < selective[0]
+    assert full_height < matmul[1] < selective[1]
+    assert sizes({"budget": 0})[0] == full < sizes({"budget": 0.5})[0] < sizes({"budget": 1})[0]
 
 
 def test_degrees_divide_what_they_should() -> None:
