@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.training.blocks import blocks
+from modelmill.components.training.collectives import local
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # what the kernels ask of both dimensions of a weight, and of the rows of a gradient
@@ -46,26 +47,30 @@ def float8_works(device_type: str) -> bool:
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer that computes its three products in 8 bits; `convert_linears` makes it of an `nn.Linear`."""
+    """A linear layer that computes its three products in 8 bits; `convert_linears` makes it of an `nn.Linear`.
+
+    Split over tensor-parallel ranks it computes with this rank's part, and a part has a scale of its own.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., I] to [..., O], in the autocast dtype or that of the input."""
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         with torch.autocast(device, enabled=False):
-            output = _Float8Product.apply(input.flatten(0, -2), self.weight, dtype)
+            output = _Float8Product.apply(input.flatten(0, -2), local(self.weight), dtype)
             output = output.view(*input.shape[:-1], -1)
             return output if self.bias is None else output + self.bias.to(dtype)
 
 
-def convert_linears(model: nn.Module) -> int:
+def convert_linears(model: nn.Module, tensor: int = 1) -> int:
     """Turn the plain linear layers of a model's blocks into `Float8Linear`, keeping parameters and their names.
 
     The head and the embedding lie outside the blocks: their inputs or outputs span too wide a range, and most of the
-    loss in quality comes from them. Layers with a dimension that is no multiple of 16 stay as they are.
+    loss in quality comes from them. Layers with a dimension that is no multiple of 16 on each rank stay as they are.
 
     Args:
         model: before it is sharded; any device, meta too.
+        tensor: ranks that the layers' rows or columns will be split over.
 
     Returns:
         The number of layers converted.
@@ -74,11 +79,12 @@ def convert_linears(model: nn.Module) -> int:
         UserError: there is no such layer.
     """
     inside = [module for block in blocks(model) for module in block.modules() if type(module) is nn.Linear]
-    chosen = [linear for linear in inside if not linear.in_features % MULTIPLE and not linear.out_features % MULTIPLE]
+    size = MULTIPLE * tensor
+    chosen = [linear for linear in inside if not linear.in_features % size and not linear.out_features % size]
     if not chosen:
         raise UserError(
             "training.precision: 'fp8-mixed' needs linear layers in the model's blocks with dimensions that are"
-            f" multiples of {MULTIPLE}, and there are none among {len(inside)}; use bf16-mixed or other sizes"
+            f" multiples of {size}, and there are none among {len(inside)}; use bf16-mixed or other sizes"
         )
     for linear in chosen:
         linear.__class__ = Float8Linear
@@ -99,7 +105,7 @@ def to_float8(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     peak = value.abs().amax().float().clamp(min=_SMALLEST_PEAK)
     inverse = peak / largest
     # A quotient may round to just above the largest number, which e4m3 has no infinity for: it would be nan.
-    return (value / inverse).clamp(-largest, largest).to(dtype), inverse
+    return (value.float() / inverse).clamp(-largest, largest).to(dtype), inverse
 
 
 class _Float8Product(torch.autograd.Function):

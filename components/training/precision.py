@@ -61,7 +61,7 @@ def autocast(precision: Precision, device_type: str) -> AbstractContextManager[A
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
 
-def set_precision(model: nn.Module, precision: Precision) -> None:
+def set_precision(model: nn.Module, precision: Precision, tensor: int = 1) -> None:
     """Make a model's parameters and layers those of a precision, in place.
 
     fp32 changes nothing, so that a model built in float64 stays so. The others cast floating-point parameters; buffers
@@ -70,6 +70,7 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
     Args:
         model: before it is sharded or given to an optimizer; any device, meta too.
         precision: of the run.
+        tensor: ranks that the matrices will be split over.
 
     Raises:
         UserError: fp8-mixed on a model without a layer that could use it.
@@ -81,7 +82,7 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(policy.weights)
     if policy.float8:
-        convert_linears(model)
+        convert_linears(model, tensor)
 
 
 def precisions_on(device_type: str) -> tuple[Precision, ...]:

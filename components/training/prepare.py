@@ -7,11 +7,12 @@ from torch import nn
 from modelmill.components.core.errors import UserError
 from modelmill.components.training import activations, sharding
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.precision import set_precision
 from modelmill.components.training.worker import RankContext
 
 
 def prepare(model: nn.Module, ranks: RankContext, config: TrainingConfig) -> None:
-    """Lay a model out over the ranks: tensor parallelism, then activation memory, then sharding.
+    """Lay a model out over the ranks: precision, tensor parallelism, activation memory, sharding.
 
     Sharding comes last because it cuts what tensor parallelism has cut already, and gathers what a block needs before
     the block runs a second time for its backward pass. Called on the meta device, no rank ever allocates more than
@@ -33,6 +34,7 @@ def prepare(model: nn.Module, ranks: RankContext, config: TrainingConfig) -> Non
         UserError: the model cannot be laid out like this.
     """
     mesh, parallel = ranks.mesh, config.parallel
+    set_precision(model, config.precision, mesh.tensor)
     if mesh.tensor > 1:
         split = getattr(model, "shard_tensors", None)
         if split is None:
