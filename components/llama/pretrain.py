@@ -122,6 +122,8 @@ def _describe(model: LlamaConfig, training: TrainingConfig, tokens: Manifest) ->
         "dataset_tokens": tokens.counts["train_tokens"],
         "world_size": training.parallel.world_size,
         "data_parallel": training.parallel.data_degree,
+        "shard": training.parallel.shard,
+        "tensor_parallel": training.parallel.tensor,
         "accumulation_steps": training.accumulation_steps,
     }
 
@@ -150,12 +152,17 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     from modelmill.components.training.estimate import peak_flops
     from modelmill.components.training.journal import Journal
     from modelmill.components.training.loop import TrainingData, TrainingLoop
+    from modelmill.components.training.prepare import prepare
+    from modelmill.components.training.sharding import gather
 
     config, tokens = LlamaConfig.model_validate(spec["model"]), Manifest.model_validate(spec["tokens"])
     output, history = Path(spec["output"]), ranks.scratch / HISTORY
     attention = _attention(config, training, tokens, ranks.device)
-    model = LlamaDecoder(config, device=ranks.device, seed=training.seed)
+    model = LlamaDecoder(config, device="meta")
     model.attention_kernel = attention
+    prepare(model, ranks, training)
+    model.to_empty(device=ranks.device)
+    model.init_weights(training.seed)
     batches = BatchSource(open_rows(tokens, "train"), training.seed, training.global_batch_size)
     loop = TrainingLoop(
         model=model,
@@ -182,10 +189,12 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
         "tokens": loop.progress.tokens,
         "world_size": ranks.world_size,
     }
-    if not ranks.is_main:
-        return TrainingResult(counts=counts, metrics=metrics)
     began = time.perf_counter()
-    export_huggingface(model, output / "model", tokenizer_folder=spec["tokenizer"])
+    plain = LlamaDecoder(config, device="meta", dtype=model.embedding.weight.dtype)
+    whole = gather(model, lambda: plain.to_empty(device="cpu"), ranks.is_main)
+    if whole is None:
+        return TrainingResult(counts=counts, metrics=metrics)
+    export_huggingface(whole, output / "model", tokenizer_folder=spec["tokenizer"])
     shutil.copyfile(history, output / HISTORY)
     metrics["export_seconds"] = time.perf_counter() - began
     return TrainingResult(
