@@ -31,7 +31,9 @@ _BYTES: dict[Precision, tuple[int, int, int]] = {
     "fp32": (4, 4, 8),
     "bf16-mixed": (4, 4, 8),
     "bf16-stochastic": (2, 2, 4),
+    "fp8-mixed": (4, 4, 8),
 }
+_BYTES_OF_8BIT_MOMENTS = 2 * (1 + 4 / 256)  # a code each, and an fp32 scale for every block of 256
 
 
 class DecoderSizes(Protocol):
@@ -78,9 +80,10 @@ def estimate_memory(model: DecoderSizes, training: TrainingConfig, sequence_leng
     """Memory of one device.
 
     Weights, gradients and the two AdamW moments are parameters x bytes (fp32 and bf16-mixed 4 + 4 + 8,
-    bf16-stochastic 2 + 2 + 4), divided by tensor x pipeline and whole on every data-parallel copy. Their bytes are
-    exact but for one step counter a parameter tensor. Activations: see `activation_bytes`. Left out: the allocator's
-    fragmentation, the device's own context, collective buffers, and what a kernel needs while it runs.
+    bf16-stochastic 2 + 2 + 4, moments in 8 bits 2.03), divided by tensor x pipeline and whole on every data-parallel
+    copy. Their bytes are exact but for one step counter a parameter tensor, and for the vectors and small matrices
+    that 8-bit states keep in fp32. Activations: see `activation_bytes`. Left out: the allocator's fragmentation, the
+    device's own context, collective buffers, and what a kernel needs while it runs.
 
     Args:
         model: with `vocab_size` known.
@@ -89,7 +92,8 @@ def estimate_memory(model: DecoderSizes, training: TrainingConfig, sequence_leng
     """
     parallel = training.parallel
     parameters = model.num_parameters() / (parallel.tensor * parallel.pipeline)
-    weight, gradient, moments = _BYTES[training.precision]
+    weight, gradient, in_full = _BYTES[training.precision]
+    moments = _BYTES_OF_8BIT_MOMENTS if training.optimizer_state == "8bit" else in_full
     return MemoryEstimate(
         weights=int(parameters * weight),
         gradients=int(parameters * gradient),
@@ -219,7 +223,7 @@ def peak_flops(device: str, precision: Precision) -> float | None:
 
     Args:
         device: one of `known_devices`, or what torch calls the device (`NVIDIA H100 80GB HBM3`).
-        precision: of the run.
+        precision: of the run; fp8-mixed has the peak of bf16, in which part of its products run.
 
     Returns:
         None when the device is not in the table (a CPU never is: measure it).
