@@ -233,6 +233,42 @@ class PretrainConfig(Section):
     model: LlamaConfig = Field(description="Architecture.")
     training: TrainingConfig = Field(description="Batch, layout, optimizer, schedule.")
 
+    @model_validator(mode="after")
+    def _degrees_fit(self) -> Self:
+        if problem := layout_problem(self.model, self.training.parallel.tensor):
+            raise ValueError(problem)
+        return self
+
+
+def layout_problem(
+    model: LlamaConfig, tensor: int, sequence_length: int | None = None, sequence_parallel: bool = False
+) -> str | None:
+    """What is wrong with splitting a model's matrices over some ranks, as one line, or None.
+
+    Args:
+        model: the architecture; a vocabulary that is not yet known fits.
+        tensor: the tensor-parallel degree.
+        sequence_length: positions in a row of the data, when known.
+        sequence_parallel: whether positions are split as well.
+    """
+    sizes = [(model.num_kv_heads, "key-value heads"), (model.intermediate_size, "feed-forward width")]
+    sizes += [(model.vocab_size, "vocabulary")] if model.vocab_size is not None else []
+    common = math.gcd(*(size for size, _ in sizes))
+    for size, name in sizes:
+        if not size % tensor:
+            continue
+        what = f"{size} {name}" if name.endswith("heads") else f"{name} {size}"
+        fix = f"use {joined(divisors(common))}"
+        if name == "vocabulary" and not math.gcd(model.num_kv_heads, model.intermediate_size) % tensor:
+            fix += f", or pad it: set model.vocab_size to {math.ceil(size / tensor) * tensor}"
+        return f"training.parallel.tensor: {tensor} does not divide the model's {what}; {fix}"
+    if sequence_parallel and sequence_length is not None and sequence_length % tensor:
+        return (
+            f"packing.sequence_length: {sequence_length} is no multiple of training.parallel.tensor {tensor}, over"
+            " which sequence_parallel splits it; use a multiple or set training.parallel.sequence_parallel to false"
+        )
+    return None
+
 
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),

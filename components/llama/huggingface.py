@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig
@@ -92,10 +94,13 @@ def export_huggingface(
     """Write a checkpoint that `transformers.LlamaForCausalLM.from_pretrained` reads.
 
     Every file is written under a temporary name and then renamed, the weights before `config.json`; weight
-    files of an earlier export into the same folder are removed. Equal weights give equal bytes.
+    files of an earlier export into the same folder are removed. Equal weights give equal bytes, however they are
+    sharded.
+
+    In a process group every rank calls it: sharded parameters are gathered one at a time, and rank 0 writes.
 
     Args:
-        model: its parameters may live on any device, and must be whole (not sharded).
+        model: its parameters may live on any device, whole or sharded.
         folder: made if missing.
         tokenizer_folder: its tokenizer files are copied, and its special tokens' ids recorded.
         max_shard_bytes: tensors are split over several files where one would be larger than this.
@@ -113,6 +118,9 @@ def export_huggingface(
         raise UserError(f"max_shard_bytes: {max_shard_bytes} is not positive; use for example 5000000000")
     tokenizer = _tokenizer_files(Path(tokenizer_folder)) if tokenizer_folder is not None else []
     special = _special_token_ids(Path(tokenizer_folder)) if tokenizer_folder is not None else {}
+    if dist.is_initialized() and dist.get_rank() > 0:
+        _help_gather(model)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     _replace_weights(model, folder, dtype, max_shard_bytes)
     for file in tokenizer:
@@ -262,33 +270,48 @@ def _copy(handle: Any, piece: _Piece, parameter: Tensor, folder: Path) -> None:
     target.copy_(tensor.view(target.shape))
 
 
+def _help_gather(model: LlamaDecoder) -> None:
+    """The part in `_replace_weights` of a rank that writes nothing: the same gathers in the same order."""
+    for parameter in model.state_dict().values():
+        _whole(parameter)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter gathered from all ranks that hold a part of it, dimension of the mesh by dimension.
+
+    What is sharded again after tensor parallelism comes together first; all at once torch warns that it cannot.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    placements = list(parameter.placements)
+    for dimension in range(len(placements)):
+        placements[dimension] = Replicate()
+        parameter = parameter.redistribute(placements=placements)
+    return parameter.to_local()
+
+
 def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     parameters = dict(model.state_dict())
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    for name, parameter in parameters.items():
-        for piece in _pieces(model.config, name):
-            part = piece.view(parameter)
-            nbytes = part.numel() * dtype.itemsize
-            if shards[-1] and size + nbytes > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][piece.name] = part
-            size += nbytes
-            total += nbytes
+    shards = _plan(model.config, parameters, dtype, max_shard_bytes)
     names = (
         [SINGLE_NAME]
         if len(shards) == 1
         else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     )
     published = list(names)
+    gathered: tuple[str, Tensor] | None = None  # a parameter may lie in two files, and is gathered once
     try:
         for name, shard in zip(names, shards, strict=True):
-            # Copied one shard at a time: safetensors refuses views of one storage, which fused weights are.
-            tensors = {piece: _copied(part, dtype) for piece, part in shard.items()}
+            # Copied one file at a time: safetensors refuses views of one storage, which fused weights are.
+            tensors = {}
+            for path, piece in shard:
+                if gathered is None or gathered[0] != path:
+                    gathered = (path, _whole(parameters[path]).detach())
+                tensors[piece.name] = _copied(piece.view(gathered[1]), dtype)
             save_file(tensors, _temporary(folder / name), metadata={"format": "pt"})
         if len(shards) > 1:
-            weight_map = {piece: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+            weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for _, piece in shard}
+            total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             _temporary(folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             published.append(INDEX_NAME)
@@ -301,6 +324,23 @@ def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_
             stale.unlink()
     for name in published:
         _publish(folder / name)
+
+
+def _plan(
+    config: LlamaConfig, parameters: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int
+) -> list[list[tuple[str, _Piece]]]:
+    """For each file what it holds: parameters' names with the pieces of them."""
+    shards: list[list[tuple[str, _Piece]]] = [[]]
+    size = 0
+    for path, parameter in parameters.items():
+        for piece in _pieces(config, path):
+            nbytes = piece.view(torch.empty(parameter.shape, device="meta")).numel() * dtype.itemsize
+            if shards[-1] and size + nbytes > max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append((path, piece))
+            size += nbytes
+    return shards
 
 
 def _copied(part: Tensor, dtype: torch.dtype) -> Tensor:

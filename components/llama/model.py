@@ -6,14 +6,17 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.llama.config import LlamaConfig
+from modelmill.components.llama.config import LlamaConfig, layout_problem
 from modelmill.components.llama.functional import norm_linear, rms_norm, rotate_and_split, swiglu_linear
 from modelmill.components.training.attention_kernels import Attend, AttentionKernel, ScaledDotProduct
+from modelmill.components.training.collectives import TensorParallel, copy, gather_replicated, local
 from modelmill.components.training.initialize import init_normal
 from modelmill.components.training.loss import linear_cross_entropy
+from modelmill.components.training.mesh import Mesh
 
 
 class RMSNorm(nn.Module):
@@ -23,10 +26,22 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.tensor: TensorParallel | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise [..., D] to [..., D]."""
-        return rms_norm(hidden, self.weight, self.eps)
+        weight = local(self.weight)
+        if self.tensor is not None and self.tensor.sequence_parallel:
+            weight = copy(weight, self.tensor.group)  # each rank normalises positions of its own
+        return rms_norm(hidden, weight, self.eps)
+
+
+class ShardedLinear(nn.Linear):
+    """A linear layer that computes with this rank's rows or columns; what `shard_tensors` makes of an `nn.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., I] to [..., O], where I or O is this rank's part."""
+        return F.linear(input, local(self.weight))
 
 
 class Attention(nn.Module):
@@ -43,13 +58,15 @@ class Attention(nn.Module):
             config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=False
         )
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.tensor: TensorParallel | None = None
 
     def forward(self, hidden: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Attend within each row of `norm(hidden)`, [B, T, D]; `cos` and `sin` are [T, Dh / 2]."""
-        qkv = norm_linear(hidden, norm, self.qkv)
+        qkv = _project(hidden, norm, self.qkv, self.tensor)
         query, key, value = rotate_and_split(qkv, cos, sin, self.num_heads, self.num_kv_heads)
         attended = attend(query, key, value)
-        return self.output(attended.transpose(1, 2).reshape(hidden.shape))
+        output = self.output(attended.transpose(1, 2).flatten(2))
+        return output if self.tensor is None else self.tensor.leave(output)
 
 
 class FeedForward(nn.Module):
@@ -64,10 +81,17 @@ class FeedForward(nn.Module):
         self.groups = config.feed_forward_groups
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.tensor: TensorParallel | None = None
 
     def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
-        """Map `norm(hidden)`, [..., D], to [..., D]."""
-        return swiglu_linear(norm_linear(hidden, norm, self.gate_up), self.down, self.groups)
+        """Map `norm(hidden)`, [B, T, D], to [B, T, D]."""
+        output = swiglu_linear(_project(hidden, norm, self.gate_up, self.tensor), self.down, self.groups)
+        return output if self.tensor is None else self.tensor.leave(output)
+
+
+def _project(hidden: Tensor, norm: RMSNorm, linear: nn.Linear, tensor: TensorParallel | None) -> Tensor:
+    """`linear(norm(hidden))`, of the whole sequence whatever part of it each rank holds."""
+    return norm_linear(hidden, norm, linear) if tensor is None else linear(tensor.enter(norm(hidden)))
 
 
 class DecoderLayer(nn.Module):
@@ -81,7 +105,10 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """Map [B, T, D] to [B, T, D]; `cos` and `sin` are [T, Dh / 2]; `attend` knows the batch's documents."""
+        """Map [B, T, D] to [B, T, D]; `cos` and `sin` are [T, Dh / 2]; `attend` knows the batch's documents.
+
+        Under sequence parallelism this rank's positions [B, T / t, D] to the same.
+        """
         hidden = hidden + self.attention(hidden, self.attention_norm, cos, sin, attend)
         return hidden + self.feed_forward(hidden, self.feed_forward_norm)
 
@@ -96,6 +123,7 @@ class LlamaDecoder(nn.Module):
         attention_kernel: computes attention in all layers; torch's choice unless it is set to what
             `attention.select` returns.
         lm_head: the output projection, None when the token embedding is the head too.
+        tensor: the ranks that share the matrices after `shard_tensors`, None before.
     """
 
     cos: Tensor
@@ -124,6 +152,7 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.attention_kernel: AttentionKernel = ScaledDotProduct()
+        self.tensor: TensorParallel | None = None
         # Built on meta first: torch's own default initialisation would be paid for and thrown away.
         with torch.device("meta"):
             self.embedding = nn.Embedding(config.known_vocab_size, config.hidden_size)
@@ -170,6 +199,44 @@ class LlamaDecoder(nn.Module):
                 init_normal(parameter, name=name, seed=seed, std=std)
         self.reset_rope(self.embedding.weight.device)
 
+    @torch.no_grad()
+    def shard_tensors(self, mesh: Mesh, sequence_parallel: bool) -> None:
+        """Split the matrices over the mesh's tensor dimension; called by every rank, before any other sharding.
+
+        Parameters become `DTensor`s on that dimension, with the names, shapes and order of rows they had. Projections
+        that read the residual stream, the embedding and the head are cut by rows, those that write it by columns
+        (Shoeybi et al. 2019, arXiv:1909.08053); norms stay whole. A model on the meta device stays there; real weights
+        must be the same on every rank, and each keeps its part.
+
+        Args:
+            mesh: of the run; with a tensor dimension of 1 nothing happens.
+            sequence_parallel: whether norms and residual stream are split by positions between the matrices
+                (Korthikanti et al. 2022, arXiv:2205.05198).
+
+        Raises:
+            UserError: the degree does not divide heads, feed-forward width or vocabulary.
+        """
+        if (group := mesh.tensor_group) is None:
+            return
+        assert mesh.device_mesh is not None
+        if problem := layout_problem(self.config, mesh.tensor):
+            raise UserError(problem)
+        for path, parameter in list(self.named_parameters()):
+            module, _, name = path.rpartition(".")
+            part = distribute_tensor(parameter, mesh.device_mesh["tensor"], [_placement(path)], src_data_rank=None)
+            self.get_submodule(module).register_parameter(name, nn.Parameter(part, parameter.requires_grad))
+        self.tensor = TensorParallel(group, sequence_parallel)
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention | FeedForward):
+                module.tensor = self.tensor
+            if isinstance(module, Attention):
+                module.num_heads //= mesh.tensor
+                module.num_kv_heads //= mesh.tensor
+            if isinstance(module, FeedForward):
+                module.groups //= mesh.tensor
+            if type(module) is nn.Linear:
+                module.__class__ = ShardedLinear
+
     def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Final normalised hidden states.
 
@@ -182,20 +249,41 @@ class LlamaDecoder(nn.Module):
             [B, T, D].
 
         Raises:
-            UserError: T is greater than `max_sequence_length`.
+            UserError: T is greater than `max_sequence_length`, or cannot be split over the ranks.
         """
+        hidden = self._states(tokens, documents)
+        return hidden if self.tensor is None else self.tensor.whole(hidden)
+
+    def _states(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        """`hidden_states`, under sequence parallelism of this rank's positions only."""
         length = tokens.shape[1]
         if length > self.config.max_sequence_length:
             raise UserError(
                 f"sequence_length: {length} tokens is more than the model's max_sequence_length"
                 f" {self.config.max_sequence_length}; shorten the sequences or raise max_sequence_length"
             )
+        if self.tensor is not None and self.tensor.sequence_parallel and length % self.tensor.size:
+            raise UserError(
+                f"sequence_length: {length} tokens cannot be split over {self.tensor.size} tensor-parallel ranks;"
+                " use a multiple, or set training.parallel.sequence_parallel to false"
+            )
         cos, sin = self.cos[:length], self.sin[:length]
         attend = self.attention_kernel.plan(documents)
-        hidden = self.embedding(tokens)
+        hidden = self._embed(tokens)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, attend)
         return self.norm(hidden)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings [B, T, D], or this rank's positions of them."""
+        if self.tensor is None:
+            return self.embedding(tokens)
+        # Each rank looks up the tokens of its part of the vocabulary, and the sum is what all have found.
+        weight = local(self.embedding.weight)
+        row = tokens - self.tensor.rank * weight.shape[0]
+        elsewhere = (row < 0) | (row >= weight.shape[0])
+        found = F.embedding(row.masked_fill(elsewhere, 0), weight)
+        return self.tensor.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Logits, or the loss when the targets are given.
@@ -211,12 +299,23 @@ class LlamaDecoder(nn.Module):
             are not -100, a scalar, computed without ever holding the logits of more than one chunk.
 
         Raises:
-            UserError: T is greater than `max_sequence_length`.
+            UserError: T is greater than `max_sequence_length`, or cannot be split over the ranks.
         """
-        hidden = self.hidden_states(tokens, documents)
-        if targets is None:
-            return F.linear(hidden, self.output_weight)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
+        hidden, weight = self._states(tokens, documents), local(self.output_weight)
+        if self.tensor is not None:
+            hidden = self.tensor.enter(hidden)
+        if targets is not None:
+            group = None if self.tensor is None else self.tensor.group
+            return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), group=group)
+        logits = F.linear(hidden, weight)
+        return logits if self.tensor is None else gather_replicated(logits, 2, self.tensor.group)
+
+
+def _placement(path: str) -> Placement:
+    """How tensor parallelism cuts a parameter."""
+    if path.endswith("norm.weight"):
+        return Replicate()
+    return Shard(1 if path.endswith(("attention.output.weight", "feed_forward.down.weight")) else 0)
 
 
 def rope_tables(config: LlamaConfig, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ _BLOCK_ELEMENTS = 2**20  # 4 MiB drawn at a time; part of what decides the weigh
 def init_normal(parameter: Tensor, *, name: str, seed: int, std: float) -> None:
     """Fill a parameter with normal(0, std).
 
-    The whole tensor is a function of its shape, `name`, `seed` and `std`: equal on every mesh and kind of device. It is
-    drawn on the CPU in float32 and then rounded to the parameter's type.
+    The whole tensor is a function of its shape, `name`, `seed` and `std`: equal on every mesh and kind of device. It
+    is drawn on the CPU in float32 and then rounded to the parameter's type.
 
     Args:
         parameter: [R, ...], a plain tensor or a `DTensor` of any placements, of which this rank's part is filled.

@@ -11,6 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from modelmill.components.training.collectives import all_reduce
 
 _CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 _MIN_CHUNK_TOKENS = 128
@@ -35,6 +38,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
     reduction: Literal["mean", "sum"] = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """`F.cross_entropy(hidden @ weight.T, targets)`, chunk by chunk.
 
@@ -55,6 +59,10 @@ def linear_cross_entropy(
         chunk_tokens: rows per chunk; by default from V, see `default_chunk_tokens`.
         ignore_index: the target that contributes neither loss nor gradient.
         reduction: "mean" over the targets that count (nan when there are none, as in torch), or "sum".
+        group: ranks that share the vocabulary out (Shoeybi et al. 2019, arXiv:1909.08053, section 3): `weight` is this
+            rank's [V / size, D] in rank order, hidden and targets are the same on all. The gradient of hidden is then
+            what this rank's entries contribute; whoever made hidden adds the ranks' up once (`collectives.copy` or
+            `gather`), not this function once a chunk.
 
     Returns:
         The loss in nats, a scalar, at least float32.
@@ -84,7 +92,8 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     need = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden, weight)]
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, mask, chunk, reduction == "mean", dtype, need)
+        mean = reduction == "mean"
+        return _LinearCrossEntropy.apply(hidden, weight, targets, mask, chunk, mean, dtype, need, group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -101,6 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         mean: bool,
         dtype: torch.dtype,
         need: list[bool],
+        group: ProcessGroup | None = None,
     ) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         rows, weight_narrow = hidden.shape[0], weight.to(dtype)
@@ -123,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(narrow, weight_narrow.t(), out=logits)
             else:
                 logits.copy_(torch.mm(narrow, weight_narrow.t()))
-            losses = _losses(logits, targets[part], keep_gradient=any(need))
+            losses = _losses(logits, targets[part], any(need), group)
             total += losses.sum() if mask is None else losses.dot(mask[part])
             if grad_hidden is not None:
                 torch.mm(logits.to(dtype), weight_narrow, out=grad_hidden[part])
@@ -154,11 +164,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else gradient.mul_(scale).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None
 
 
-def _losses(logits: Tensor, targets: Tensor, *, keep_gradient: bool) -> Tensor:
-    """Per-row losses [n] of `logits` [n, V], which become the gradient of the sum of those losses."""
+def _losses(logits: Tensor, targets: Tensor, keep_gradient: bool, group: ProcessGroup | None) -> Tensor:
+    """Per-row losses [n] of `logits` [n, V], which become the gradient of the sum of those losses.
+
+    With a group, `logits` are this rank's [n, V / size], and two small sums over the ranks stand in for the rest.
+    """
+    if group is not None:
+        return _shared_losses(logits, targets, keep_gradient, group)
     column = targets.unsqueeze(1)
     logits.sub_(logits.amax(1, keepdim=True))
     picked = logits.gather(1, column)
@@ -166,4 +181,18 @@ def _losses(logits: Tensor, targets: Tensor, *, keep_gradient: bool) -> Tensor:
     if keep_gradient:
         logits.div_(total)
         logits.scatter_(1, column, logits.gather(1, column) - 1)
+    return (total.log() - picked).squeeze(1)
+
+
+def _shared_losses(logits: Tensor, targets: Tensor, keep_gradient: bool, group: ProcessGroup) -> Tensor:
+    column = targets.unsqueeze(1) - group.rank() * logits.shape[1]
+    elsewhere = (column < 0) | (column >= logits.shape[1])
+    column = column.masked_fill(elsewhere, 0)
+    logits.sub_(all_reduce(logits.amax(1, keepdim=True), group, "max"))
+    picked = logits.gather(1, column).masked_fill(elsewhere, 0.0)
+    sums = torch.cat([logits.exp_().sum(1, keepdim=True), picked], dim=1)
+    total, picked = all_reduce(sums, group).split(1, dim=1)
+    if keep_gradient:
+        logits.div_(total)
+        logits.scatter_(1, column, logits.gather(1, column) - (~elsewhere).to(logits.dtype))
     return (total.log() - picked).squeeze(1)

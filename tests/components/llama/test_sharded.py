@@ -1,0 +1,77 @@
+"""A decoder whose matrices are shared by ranks equals one that is whole; four processes, one launch."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from modelmill.components.training.launch import LocalLauncher, TrainingJob
+from tests.components.llama import sharded
+from tests.components.training.samples import training_config
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found in each scenario."""
+    training = training_config(parallel={"processes_per_node": 4})
+    job = TrainingJob(sharded.MODULE, {}, training, tmp_path_factory.mktemp("sharded"))
+    return LocalLauncher().launch(job).metadata["ranks"]
+
+
+def test_logits_loss_and_every_gradient_equal_one_process(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert len(rank["parity"]) == 11
+        for layout, errors in rank["parity"].items():
+            assert len(errors) == (4 if layout == "fully sharded" else 5)
+            assert all(error < 1e-10 for error in errors.values()), (layout, errors)
+
+
+def test_float32_does_too_to_its_rounding(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert all(error < 1e-5 for error in rank["float32"]["sequence"].values()), rank["float32"]
+
+
+def test_weights_start_the_same_on_every_mesh(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert len(rank["initial"]) == 26
+        assert all(rank["initial"].values()), rank["initial"]
+
+
+def test_a_loss_over_a_split_vocabulary_equals_torchs(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        for case, errors in rank["vocabulary_loss"].items():
+            assert all(error < 1e-13 for error in errors.values()), (case, errors)
+
+
+def test_gradients_of_collectives_are_their_adjoints(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert len(rank["adjoint"]) == 11
+        assert all(difference < 1e-12 for difference in rank["adjoint"].values()), rank["adjoint"]
+
+
+def test_an_export_has_the_same_bytes_however_the_model_is_sharded(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        digests = rank["export"]
+        for limit in (10**9, 9_000):
+            assert len({digests[f"{name}, {limit}"] for name in ("alone", "tensor 4", "tensor 2, sharded")}) == 1
+        assert digests[f"alone, {10**9}"] != digests["alone, 9000"]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        ("length", "sequence_length: 10 tokens cannot be split over 4 tensor-parallel ranks; use a multiple, or set"),
+        ("heads", "training.parallel.tensor: 4 does not divide the model's 2 key-value heads; use 1 or 2"),
+        (
+            "vocabulary",
+            "training.parallel.tensor: 4 does not divide the model's vocabulary 97; use 1, or pad it: set"
+            " model.vocab_size to 100",
+        ),
+        ("uneven without sequence parallel", "True"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(found: list[dict[str, Any]], attempt: str, message: str) -> None:
+    for rank in found:
+        assert re.match(re.escape(message), rank["refusals"][attempt]), rank["refusals"][attempt]
