@@ -73,7 +73,8 @@ class Journal:
         for reason, words in (("nonfinite", "an infinite or nan loss or gradient"), ("spike", "a spike")):
             steps = [str(record["step"]) for record in records if record.get("skipped") == reason]
             if steps:
-                logger.warning("skipped the update of step %s: %s", ", ".join(steps), words)
+                plural = "s" if len(steps) > 1 else ""
+                logger.warning("skipped the update of step%s %s: %s", plural, ", ".join(steps), words)
         if alarm and not self._alarm:
             logger.warning("training is unstable: %s", alarm)
             tracking.set_tags({"stability.alarm": alarm})

@@ -123,20 +123,6 @@ def test_a_finished_run_resumes_to_its_end(tokens: Manifest, tmp_path: Path) -> 
     assert again["validation_loss"] == metrics["validation_loss"]
 
 
-def test_numbers_that_are_none_stop_the_run_and_are_never_saved(tokens: Manifest, tmp_path: Path) -> None:
-    config = training_config(**ALONE, log_every=4, validate_every=None)
-    loop = make_loop(tokens, config, single_rank(tmp_path / "run"))
-
-    def objective(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-        loss = model(rows[:, :-1], rows[:, 1:])
-        return loss * float("nan") if loop.progress.step == 1 else loss
-
-    loop.objective = objective
-    with pytest.raises(UserError, match=r"training\.learning_rate: .* nan at step 2, at learning rate 0\.01"):
-        loop.run()
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
 def test_an_infinite_learning_problem_names_the_step(tokens: Manifest, tmp_path: Path) -> None:
     config = training_config(**ALONE, learning_rate=1e30, clip_norm=None, warmup_steps=0)
     with pytest.raises(UserError, match=r"training\.learning_rate: .* at step \d"):
