@@ -74,7 +74,7 @@ def copies(tensor: Tensor, world_size: int) -> int:
     if any(placement.is_partial() for placement in tensor.placements):
         raise RuntimeError(f"a tensor of {tuple(tensor.shape)} holds partial sums: {tensor.placements}")
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if not placement.is_shard())
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
 def is_first_holder(tensor: Tensor, rank: int, world_size: int) -> bool:
@@ -83,7 +83,7 @@ def is_first_holder(tensor: Tensor, rank: int, world_size: int) -> bool:
         return rank == 0
     copies(tensor, world_size)
     place = tensor.device_mesh.get_coordinate() or []
-    return all(at == 0 or placement.is_shard() for at, placement in zip(place, tensor.placements, strict=True))
+    return all(at == 0 or not placement.is_replicate() for at, placement in zip(place, tensor.placements, strict=True))
 
 
 class StoredTensors:
