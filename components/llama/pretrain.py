@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core import tracking
+from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, canonical_json
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.core.weights import weights_digest
-from modelmill.components.llama.config import LlamaConfig, PretrainConfig
+from modelmill.components.llama.config import LlamaConfig, PretrainConfig, layout_problem
 from modelmill.components.training.config import TrainingConfig, check_run
 from modelmill.components.training.launch import (
     LAUNCHED_VARIABLE,
@@ -68,6 +69,9 @@ def pretrain(
     """
     training, place = config.training, launcher or LocalLauncher()
     model = config.model.model_copy(update={"vocab_size": check_run(config.model, training, tokens)})
+    length, parallel = tokens.counts["sequence_length"], training.parallel
+    if problem := layout_problem(model, parallel.tensor, length, parallel.sequence_parallel):
+        raise UserError(problem)
     place.check(training)
     shutil.rmtree(output / "model", ignore_errors=True)  # an export that was cut off
     for split in ("train", "validation"):
@@ -144,7 +148,7 @@ def masked_next_token_loss(model: nn.Module, rows: Tensor, *, eos: int) -> Tenso
 
 
 def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig) -> TrainingResult:
-    """What one rank does: build, train, and on rank 0 export."""
+    """What one rank does: build, train, and take part in the export that rank 0 writes."""
     from modelmill.components.data.loader import BatchSource, open_rows
     from modelmill.components.llama.huggingface import export_huggingface
     from modelmill.components.llama.model import LlamaDecoder
@@ -153,7 +157,6 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     from modelmill.components.training.journal import Journal
     from modelmill.components.training.loop import TrainingData, TrainingLoop
     from modelmill.components.training.prepare import prepare
-    from modelmill.components.training.sharding import gather
 
     config, tokens = LlamaConfig.model_validate(spec["model"]), Manifest.model_validate(spec["tokens"])
     output, history = Path(spec["output"]), ranks.scratch / HISTORY
@@ -190,11 +193,9 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
         "world_size": ranks.world_size,
     }
     began = time.perf_counter()
-    plain = LlamaDecoder(config, device="meta", dtype=model.embedding.weight.dtype)
-    whole = gather(model, lambda: plain.to_empty(device="cpu"), ranks.is_main)
-    if whole is None:
+    export_huggingface(model, output / "model", tokenizer_folder=spec["tokenizer"])
+    if not ranks.is_main:
         return TrainingResult(counts=counts, metrics=metrics)
-    export_huggingface(whole, output / "model", tokenizer_folder=spec["tokenizer"])
     shutil.copyfile(history, output / HISTORY)
     metrics["export_seconds"] = time.perf_counter() - began
     return TrainingResult(

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from modelmill.components.core.recipe import PlannedStep, Recipe
 from modelmill.components.data.config import CorpusConfig, PackingConfig, TokenizerConfig
 from modelmill.components.evaluation.config import EvaluationConfig
-from modelmill.components.llama.config import LlamaConfig, PretrainConfig
+from modelmill.components.llama.config import LlamaConfig, PretrainConfig, layout_problem
 from modelmill.components.registry.config import RegisterConfig, RegistryConfig
 from modelmill.components.training.config import TrainingConfig
 
@@ -36,6 +36,9 @@ class LlamaPretrainRecipe(Recipe):
                 f"packing.sequence_length: {length} is more than model.max_sequence_length {limit};"
                 " shorten the one or raise the other"
             )
+        parallel = self.training.parallel
+        if problem := layout_problem(self.model, parallel.tensor, length, parallel.sequence_parallel):
+            raise ValueError(problem)
         entries, known = self.tokenizer.vocab_size, self.model.vocab_size
         if self.tokenizer.kind == "train" and known is not None and known < entries:
             raise ValueError(

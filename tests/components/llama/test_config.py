@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.llama.config import LlamaConfig
+from modelmill.components.llama.config import LlamaConfig, layout_problem
 from modelmill.components.llama.model import LlamaDecoder
 
 from .conftest import BASE, make_config
@@ -90,6 +90,45 @@ def test_flops_agree_with_torchs_counter(config):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
     assert counter.get_total_flops() == pytest.approx(tokens.numel() * config.flops_per_token(48), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "message"),
+    [
+        (
+            {"num_heads": 8, "num_kv_heads": 8, "vocab_size": 256},
+            3,
+            "training.parallel.tensor: 3 does not divide the model's 8 key-value heads; use 1, 2, 4, 8",
+        ),
+        (
+            {"num_kv_heads": 4, "intermediate_size": 110, "vocab_size": 256},
+            4,
+            "training.parallel.tensor: 4 does not divide the model's feed-forward width 110; use 1 or 2",
+        ),
+        (
+            {},
+            2,
+            "training.parallel.tensor: 2 does not divide the model's vocabulary 211; use 1, or pad it: set"
+            " model.vocab_size to 212",
+        ),
+        (
+            {"vocab_size": 212},
+            2,
+            "packing.sequence_length: 33 is no multiple of training.parallel.tensor 2, over which sequence_parallel"
+            " splits it; use a multiple or set training.parallel.sequence_parallel to false",
+        ),
+    ],
+)
+def test_tensor_degrees_that_do_not_fit_name_those_that_do(changes, tensor, message):
+    assert layout_problem(make_config(**changes), tensor, 33, True) == message
+    assert layout_problem(make_config(**changes), 1, 33, True) is None
+
+
+def test_tensor_degrees_that_fit():
+    config = make_config(vocab_size=212)
+    assert layout_problem(config, 2, 32, True) is None
+    assert layout_problem(config, 2, 33, False) is None
+    assert layout_problem(config.model_copy(update={"vocab_size": None}), 4, 32, True) is None
 
 
 def test_huggingface_round_trip(config):
