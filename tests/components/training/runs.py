@@ -118,6 +118,9 @@ def _scenarios(ranks: RankContext, tokens: Manifest) -> Iterator[tuple[str, dict
         loop = make_loop(tokens, training_config(**changes), ranks, dtype=dtype)
         loop.run()
         yield name, {"digest": digest(loop.model)}
+    ranks.scratch = root / "one bad loss"
+    loop = make_loop(tokens, training_config(validation_rows=0), ranks)
+    yield "one bad loss", {"digests": _digests_with_one_bad_loss(loop, rank=1, step=4)}
     ranks.scratch = root / "stopped"
     # Only one rank hears the signal; all of them must leave after the same step.
     loop = make_loop(tokens, training_config(), ranks, stop_in=4 if ranks.rank == 1 else None)
@@ -131,6 +134,21 @@ def _scenarios(ranks: RankContext, tokens: Manifest) -> Iterator[tuple[str, dict
     loop.run()
     yield "resumed", {"digest": digest(loop.model)}
     yield "process", {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "torch_threads": torch.get_num_threads()}
+
+
+def _digests_with_one_bad_loss(loop: TrainingLoop, *, rank: int, step: int) -> list[str]:
+    """Of the weights before each step and at the end; one rank's loss is infinite in a step, its gradient finite."""
+    digests: list[str] = []
+
+    def objective(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        if len(digests) == loop.progress.step:  # the step's first micro-batch
+            digests.append(digest(loop.model))
+        loss = next_token_loss(model, rows)
+        return loss + float("inf") if (loop.ranks.rank, loop.progress.step + 1) == (rank, step) else loss
+
+    loop.objective = objective
+    loop.run()
+    return [*digests, digest(loop.model)]
 
 
 def measure(ranks: RankContext, spec: dict[str, Any], training: TrainingConfig) -> TrainingResult:

@@ -173,6 +173,16 @@ def test_all_ranks_end_with_the_same_weights_and_so_does_a_second_run(
     assert written[0] == written[1]
 
 
+def test_all_ranks_skip_the_step_in_which_one_has_an_infinite_loss(
+    two_ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, ranks = two_ranks
+    digests = ranks[0]["one bad loss"]["digests"]
+    assert ranks[1]["one bad loss"]["digests"] == digests
+    assert [step for step in range(1, 9) if digests[step] == digests[step - 1]] == [4]
+    assert {"step": 4, "skipped": "nonfinite"} in history(folder / "scratch" / "one bad loss")
+
+
 def test_ranks_stop_together_when_one_is_told_and_resume_to_the_same_bits(
     two_ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
