@@ -222,9 +222,9 @@ class LlamaDecoder(nn.Module):
         if problem := layout_problem(self.config, mesh.tensor):
             raise UserError(problem)
         for path, parameter in list(self.named_parameters()):
-            module, _, name = path.rpartition(".")
+            owner, _, name = path.rpartition(".")
             part = distribute_tensor(parameter, mesh.device_mesh["tensor"], [_placement(path)], src_data_rank=None)
-            self.get_submodule(module).register_parameter(name, nn.Parameter(part, parameter.requires_grad))
+            self.get_submodule(owner).register_parameter(name, nn.Parameter(part, parameter.requires_grad))
         self.tensor = TensorParallel(group, sequence_parallel)
         for module in self.modules():
             if isinstance(module, RMSNorm | Attention | FeedForward):
