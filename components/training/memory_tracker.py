@@ -20,11 +20,11 @@ Result = TypeVar("Result")
 
 @dataclass
 class MemoryUse:
-    """Bytes of a device's tensors, relative to the beginning of a `track` block; filled in at its end.
+    """Bytes of tensors that were made in a `track` block; filled in at its end.
 
     Attributes:
-        held: at the end.
-        peak: at the height, at least 0.
+        held: of those alive at the end.
+        peak: of those alive at once at the height.
     """
 
     held: int = 0
@@ -36,8 +36,9 @@ def track(device: torch.device | str = "cpu") -> Iterator[MemoryUse]:
     """Measure the tensor memory of a block of code.
 
     On a CPU from the records of torch's allocator, exact to the byte; what libraries allocate past it is not seen. On
-    an accelerator from its caching allocator, which rounds each tensor up (CUDA: to 512 bytes) and whose peak
-    statistics this resets. Costs time on a CPU: do not time the same pass.
+    an accelerator from its caching allocator, which rounds each tensor up (CUDA: to 512 bytes), whose peak statistics
+    this resets, and where what was there before counts negative when it goes. Costs time on a CPU: do not time the
+    same pass.
 
     Args:
         device: whose memory counts.
@@ -59,13 +60,24 @@ def _track_cpu(use: MemoryUse) -> Iterator[MemoryUse]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces each start and stop on stderr
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield use
-    records = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for record in records:
-        if record.name() == "[memory]" and record.device_type() == torch._C._autograd.DeviceType.CPU:
-            use.held += record.nbytes()
+    # The records hang in the tree of the operators that made them.
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    records = []
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag.name == "Allocation" and event.extra_fields.device.type == "cpu":
+            records.append((event.start_time_ns, event.id, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    live: dict[int, int] = {}
+    for _, _, address, size in sorted(records):
+        if size > 0:
+            live[address] = size
+            use.held += size
             use.peak = max(use.peak, use.held)
+        else:  # of what was there before, torch does not know the size
+            use.held -= live.pop(address, 0)
 
 
 def saved_for_backward(forward: Callable[[], Result], device: torch.device | str = "cpu") -> tuple[Result, int]:
