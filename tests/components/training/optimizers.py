@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.training.adamw import AdamW
+from modelmill.components.training.checkpoint import Checkpoints, Progress
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.launch import TrainingResult
 from modelmill.components.training.mesh import Mesh
@@ -131,13 +132,31 @@ def _shards_differ(ranks: RankContext) -> list[float]:
     return local_part(parameter).float().flatten().tolist()
 
 
+def checkpoints(folder: Path, rank: int = 0, world_size: int = 1) -> Checkpoints:
+    """Checkpoints of `Parameters`."""
+    return Checkpoints(folder, digest="same", keep=1, rank=rank, world_size=world_size)
+
+
+def _resumed(ranks: RankContext, folder: Path, options: dict[str, Any]) -> bool:
+    """Whether a checkpoint of this layout gives this rank its bits again."""
+    parameters, optimizer = updated(ranks.mesh, options)
+    kept = checkpoints(folder, ranks.rank, ranks.world_size)
+    kept.save(Progress(3), parameters, optimizer)
+    fresh = Parameters(ranks.mesh, parameters.plain.dtype)
+    other = make_optimizer(fresh, training_config(**options))
+    kept.load_latest(fresh, other)
+    pairs = zip(parameters.bits(optimizer), fresh.bits(other), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
 def _trained(ranks: RankContext, tokens: Manifest, root: Path, name: str, **fields: Any) -> dict[str, Any]:
-    """A training run: the loop's parameters on this rank, and whether all that it gave are numbers."""
+    """A training run: what became of the loop's parameters on this rank."""
     loop = make(Scenario(name, dtype="float32", **fields), tokens, ranks, root)
     loop.run()
     parts = [local_part(parameter).flatten() for parameter in loop.model.parameters()]
     return {
         "digest": _digest(parts),
+        "norm": _digest([local_part(next(p for p in loop.model.parameters() if p.dim() == 1))]),
         "dtypes": sorted({str(part.dtype) for part in parts}),
         "loss": loop.journal.latest.get("loss"),
         "kinds": sorted({type(module).__name__ for module in loop.model.modules()}),
@@ -149,6 +168,7 @@ def measure(ranks: RankContext, spec: dict[str, Any], training: TrainingConfig) 
     tokens, root = Manifest.model_validate(spec["tokens"]), Path(spec["root"])
     found: dict[str, Any] = {name: _on_two(ranks, options) for name, options in OPTIMIZERS.items()}
     found["shards"] = _shards_differ(ranks)
+    found["resumed"] = {name: _resumed(ranks, root / f"kept {name}", options) for name, options in OPTIMIZERS.items()}
     for name, fields in spec["runs"].items():
         found[name] = _trained(ranks, tokens, root, name, **fields)
     every: list[Any] = [None] * ranks.world_size
