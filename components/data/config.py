@@ -44,13 +44,9 @@ DOCUMENTED_DISTRIBUTIONS = (
 )
 
 
-class InstalledDocsSource(Section):
-    """Documentation strings and package descriptions of installed Python distributions, read without importing them.
+class Distributions(Section):
+    """Installed Python distributions by name."""
 
-    The text depends on the installed versions only: the same lock gives the same bytes on any machine.
-    """
-
-    type: Literal["installed-docs"]
     distributions: list[str] = Field(
         default=list(DOCUMENTED_DISTRIBUTIONS),
         min_length=1,
@@ -67,15 +63,24 @@ class InstalledDocsSource(Section):
             raise ValueError("a distribution is named twice; remove one")
         return names
 
-    @property
-    def label(self) -> str:
-        """Where the text comes from, for people."""
-        return "installed-docs"
-
     def fingerprint(self) -> str:
         from modelmill.components.data.installed_docs import installed_versions
 
         return ",".join(installed_versions(self.distributions))
+
+
+class InstalledDocsSource(Distributions):
+    """Documentation strings and package descriptions of installed Python distributions, read without importing them.
+
+    The text depends on the installed versions only: the same lock gives the same bytes on any machine.
+    """
+
+    type: Literal["installed-docs"]
+
+    @property
+    def label(self) -> str:
+        """Where the text comes from, for people."""
+        return "installed-docs"
 
 
 class FilesSource(Section):
@@ -105,19 +110,24 @@ class FilesSource(Section):
         return fingerprint_files(self.paths)
 
 
-class HuggingFaceSource(Section):
-    """A Hugging Face dataset, streamed; a local dataset folder works too. Code from a dataset is never run."""
+class DatasetName(Section):
+    """Which Hugging Face dataset."""
 
-    type: Literal["huggingface"]
     name: str = Field(min_length=1, description="Dataset on the Hub, or a local dataset folder.")
     config: str | None = Field(default=None, description="Configuration of the dataset; null takes its default one.")
     split: str = Field(default="train", min_length=1, description="Split to read.")
     revision: str | None = Field(default=None, description="Commit, tag or branch; a commit makes the run repeatable.")
-    text_field: str = Field(default="text", min_length=1, description="Column with the text.")
 
     @property
     def label(self) -> str:
         return self.name if Path(self.name).expanduser().is_dir() else f"hf://datasets/{self.name}"
+
+
+class HuggingFaceSource(DatasetName):
+    """A Hugging Face dataset, streamed; a local dataset folder works too. Code from a dataset is never run."""
+
+    type: Literal["huggingface"]
+    text_field: str = Field(default="text", min_length=1, description="Column with the text.")
 
     def fingerprint(self) -> str:
         from modelmill.components.data.huggingface import fingerprint_dataset

@@ -12,6 +12,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -34,12 +35,14 @@ class ReadOptions:
         separator: text between documents of a plain file, or None for one document a file.
         longest: characters after which a plain document need not be read on, because it will be dropped.
         scratch: folder for what must be decompressed to be read.
+        parameter: of the recipe, for messages.
     """
 
     text_field: str
     separator: str | None
     longest: int
     scratch: Path
+    parameter: str = "corpus.source"
 
 
 def read_texts(path: Path, name: str, format: DocumentFormat, options: ReadOptions) -> Iterator[str]:
@@ -54,23 +57,67 @@ def read_texts(path: Path, name: str, format: DocumentFormat, options: ReadOptio
     Raises:
         UserError: the file is truncated, corrupt, not UTF-8, not JSON, or lacks the text field.
     """
-    try:
+    with _whole(name, options.parameter):
         if format.kind == "parquet":
-            yield from _read_parquet(path, name, format, options)
+            with _plain_file(path, format, options.scratch) as plain:
+                yield from _parquet_column(plain, name, options)
             return
         with _open(path, format.compression) as stream:
             if format.kind == "jsonl":
-                yield from _read_jsonl(stream, name, options.text_field)
+                yield from _read_jsonl(stream, name, options)
             else:
                 yield from _read_plain(stream, name, options)
+
+
+def read_records(
+    path: Path, name: str, format: DocumentFormat, *, scratch: Path, parameter: str
+) -> Iterator[tuple[str, Any]]:
+    """Whole records of a JSON lines or Parquet file in their order, each with its place.
+
+    Args:
+        path: the file.
+        name: what the user calls it, for places and messages.
+        format: from `document_format`; `jsonl` or `parquet`.
+        scratch: folder for what must be decompressed to be read.
+        parameter: of the recipe, for messages.
+
+    Yields:
+        `file:line` with the line's value, which may be any JSON, or the `ValueError` of a line that is no JSON;
+        `file row n` (from 0) with the row as a dictionary.
+
+    Raises:
+        UserError: the file is truncated, corrupt or not UTF-8, or holds no records.
+    """
+    if format.kind not in ("jsonl", "parquet"):
+        raise UserError(f"{parameter}: {name} is text, not records; convert it to jsonl or parquet, or take it out")
+    with _whole(name, parameter):
+        if format.kind == "parquet":
+            with _plain_file(path, format, scratch) as plain:
+                for number, row in enumerate(_parquet_rows(plain, name, None, parameter)):
+                    yield f"{name} row {number}", row
+            return
+        with _open(path, format.compression) as stream:
+            for number, line in _lines(stream, name, parameter):
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    value = ValueError(str(error))
+                yield f"{name}:{number}", value
+
+
+@contextmanager
+def _whole(name: str, parameter: str) -> Iterator[None]:
+    """Say of a compressed file that it is damaged."""
+    try:
+        yield
     except EOFError:
-        raise _broken(name, "ends in the middle of the compressed data") from None
+        raise _broken(name, "ends in the middle of the compressed data", parameter) from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise _broken(name, f"cannot be decompressed ({error})") from None
+        raise _broken(name, f"cannot be decompressed ({error})", parameter) from None
 
 
-def _broken(name: str, problem: str) -> UserError:
-    return UserError(f"corpus.source: {name} {problem}; fetch it again or take it out")
+def _broken(name: str, problem: str, parameter: str) -> UserError:
+    return UserError(f"{parameter}: {name} {problem}; fetch it again or take it out")
 
 
 class _ZstandardStream(io.RawIOBase):
@@ -118,13 +165,11 @@ def _open(path: Path, compression: str) -> IO[bytes]:
     return path.open("rb")
 
 
-def _not_utf8(name: str, offset: int) -> UserError:
-    return UserError(
-        f"corpus.source: {name} is not UTF-8 at byte {offset}; convert it to UTF-8 (iconv) or take it out"
-    )
+def _not_utf8(name: str, offset: int, parameter: str) -> UserError:
+    return UserError(f"{parameter}: {name} is not UTF-8 at byte {offset}; convert it to UTF-8 (iconv) or take it out")
 
 
-def _decode(stream: IO[bytes], name: str) -> Iterator[str]:
+def _decode(stream: IO[bytes], name: str, parameter: str) -> Iterator[str]:
     """Text of a stream piece by piece with `\\n` line ends."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -135,7 +180,7 @@ def _decode(stream: IO[bytes], name: str) -> Iterator[str]:
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise _not_utf8(name, offset - pending + error.start) from None
+            raise _not_utf8(name, offset - pending + error.start, parameter) from None
         yield lines.decode(text, final=not chunk)
         if not chunk:
             return
@@ -146,7 +191,7 @@ def _read_plain(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[
     separator, enough = options.separator, options.longest + 1
     kept = ""  # the current document's beginning, at most `enough` characters
     tail = ""  # what may hold the beginning of a separator
-    for piece in _decode(stream, name):
+    for piece in _decode(stream, name, options.parameter):
         *finished, tail = (tail + piece).split(separator) if separator else [tail + piece]
         for text in finished:
             yield (kept + text)[:enough]
@@ -158,25 +203,29 @@ def _read_plain(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[
     yield (kept + tail)[:enough]
 
 
-def _read_jsonl(stream: IO[bytes], name: str, field: str) -> Iterator[str]:
+def _lines(stream: IO[bytes], name: str, parameter: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
     offset = 0
     for number, line in enumerate(stream, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise _not_utf8(name, offset + error.start) from None
+            raise _not_utf8(name, offset + error.start, parameter) from None
         offset += len(line)
-        if text.isspace():
-            continue
+        if not text.isspace():
+            yield number, text
+
+
+def _read_jsonl(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[str]:
+    field, parameter = options.text_field, options.parameter
+    for number, text in _lines(stream, name, parameter):
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"corpus.source: {name}:{number} is not JSON ({error}); mend or remove the line") from None
+            raise UserError(f"{parameter}: {name}:{number} is not JSON ({error}); mend or remove the line") from None
         if not isinstance(record, dict) or field not in record:
             held = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise UserError(
-                f"corpus.source.text_field: {name}:{number} has no field {field!r} but {held}; name another"
-            )
+            raise UserError(f"{parameter}.text_field: {name}:{number} has no field {field!r} but {held}; name another")
         yield checked_text(record[field], f"{name}:{number}", field)
 
 
@@ -194,45 +243,60 @@ def checked_text(value: Any, place: str, field: str) -> str:
     return value
 
 
-def _read_parquet(path: Path, name: str, format: DocumentFormat, options: ReadOptions) -> Iterator[str]:
+@contextmanager
+def _plain_file(path: Path, format: DocumentFormat, scratch: Path) -> Iterator[Path]:
+    """A Parquet file, decompressed if need be: its footer is at the end, so it must be a file."""
     if not format.compression:
-        yield from _parquet_column(path, name, options.text_field)
+        yield path
         return
-    plain = options.scratch / "decompressed.parquet"  # its footer is at the end, so it must be a file
+    plain = scratch / "decompressed.parquet"
     try:
         with _open(path, format.compression) as stream, plain.open("wb") as target:
             shutil.copyfileobj(stream, target, _CHUNK)
-        yield from _parquet_column(plain, name, options.text_field)
+        yield plain
     finally:
         plain.unlink(missing_ok=True)
 
 
-def _parquet_column(path: Path, name: str, field: str) -> Iterator[str]:
+def _parquet_column(path: Path, name: str, options: ReadOptions) -> Iterator[str]:
+    field = options.text_field
+    for row in _parquet_rows(path, name, field, options.parameter):
+        yield row[field] or ""
+
+
+def _parquet_rows(path: Path, name: str, field: str | None, parameter: str) -> Iterator[dict[str, Any]]:
+    """Rows as dictionaries: all columns, or the one column of text that is named."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = 0
     try:
         with pq.ParquetFile(path) as file:
-            held = file.schema_arrow
-            index = held.get_field_index(field)
-            if index < 0:
-                names = ", ".join(map(repr, held.names))
-                raise UserError(f"corpus.source.text_field: {name} has no column {field!r} but {names}; name another")
-            kind = held.field(index).type
-            if not _is_text(kind):
-                raise UserError(f"corpus.source.text_field: column {field!r} of {name} is {kind}; name one with text")
-            for batch in file.iter_batches(_ROWS, columns=[field], use_threads=False):
-                for value in batch.column(0):
-                    yield value.as_py() or ""
+            if field is not None:
+                _check_column(file.schema_arrow, name, field, parameter)
+            for batch in file.iter_batches(_ROWS, columns=field and [field], use_threads=False):
+                # Value by value, so that what is not UTF-8 is said with its row.
+                columns = {key: batch.column(place) for place, key in enumerate(batch.schema.names)}
+                for position in range(batch.num_rows):
+                    yield {key: column[position].as_py() for key, column in columns.items()}
                     row += 1
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8 in row {row} at byte {error.start}; convert it to UTF-8 or take it out"
-        raise UserError(f"corpus.source: {name} {problem}") from None
+        raise UserError(f"{parameter}: {name} {problem}") from None
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # the disk, not the file's content
-        raise _broken(name, f"is not a whole Parquet file ({str(error).splitlines()[0]})") from None
+        raise _broken(name, f"is not a whole Parquet file ({str(error).splitlines()[0]})", parameter) from None
+
+
+def _check_column(held: Any, name: str, field: str, parameter: str) -> None:
+    index = held.get_field_index(field)
+    if index < 0:
+        names = ", ".join(map(repr, held.names))
+        raise UserError(f"{parameter}.text_field: {name} has no column {field!r} but {names}; name another")
+    kind = held.field(index).type
+    if not _is_text(kind):
+        raise UserError(f"{parameter}.text_field: column {field!r} of {name} is {kind}; name one with text")
 
 
 def _is_text(kind: Any) -> bool:

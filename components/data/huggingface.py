@@ -6,18 +6,19 @@ import os
 import re
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.data.config import HuggingFaceSource
+from modelmill.components.data.config import DatasetName, HuggingFaceSource
 from modelmill.components.data.files import folder_state
 from modelmill.components.data.formats import checked_text
 
-_PARAMETER = "corpus.source.name"
+_PARAMETER = "corpus.source"
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
 
 
-def fingerprint_dataset(source: HuggingFaceSource) -> str:
+def fingerprint_dataset(source: DatasetName, parameter: str = _PARAMETER) -> str:
     """State of the dataset: a local folder's files, else the commit that its revision names now.
 
     Raises:
@@ -38,13 +39,13 @@ def fingerprint_dataset(source: HuggingFaceSource) -> str:
         return str(HfApi().dataset_info(source.name, revision=revision, timeout=20).sha)
     except (RepositoryNotFoundError, HFValidationError):
         remedy = "give an existing folder or a dataset of the Hub (a private one needs HF_TOKEN)"
-        raise UserError(f"{_PARAMETER}: {source.name!r} is neither a folder nor a dataset; {remedy}") from None
+        raise UserError(f"{parameter}.name: {source.name!r} is neither a folder nor a dataset; {remedy}") from None
     except RevisionNotFoundError:
-        raise UserError(f"corpus.source.revision: {source.name} has no revision {revision!r}; name another") from None
+        raise UserError(f"{parameter}.revision: {source.name} has no revision {revision!r}; name another") from None
     except Exception as error:  # the HTTP stack below raises its own families of errors
         remedy = "check the network, or give a local folder or a full commit as revision"
         raise UserError(
-            f"{_PARAMETER}: {source.name} cannot be looked up ({type(error).__name__}); {remedy}"
+            f"{parameter}.name: {source.name} cannot be looked up ({type(error).__name__}); {remedy}"
         ) from None
 
 
@@ -54,21 +55,33 @@ def read_dataset(source: HuggingFaceSource) -> Generator[str, None, None]:
     Raises:
         UserError: no such dataset, configuration, split or text column, or files that cannot be read.
     """
+    for number, row in enumerate(read_rows(source, _PARAMETER)):
+        if source.text_field not in row:
+            held = ", ".join(map(repr, row))
+            field = f"{source.text_field!r} but {held}"
+            raise UserError(f"corpus.source.text_field: {source.name} has no column {field}; name another")
+        yield checked_text(row[source.text_field], f"{source.name} row {number}", source.text_field)
+
+
+def read_rows(source: DatasetName, parameter: str) -> Generator[dict[str, Any], None, None]:
+    """Whole rows of the dataset in its own order.
+
+    Args:
+        source: which dataset.
+        parameter: of the recipe, for messages.
+
+    Raises:
+        UserError: no such dataset, configuration or split, or files that cannot be read.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     name = str(Path(source.name).expanduser()) if Path(source.name).expanduser().is_dir() else source.name
     try:
-        rows = load_dataset(name, source.config, split=source.split, revision=source.revision, streaming=True)
-        for number, row in enumerate(rows):
-            if source.text_field not in row:
-                held = ", ".join(map(repr, row))
-                field = f"{source.text_field!r} but {held}"
-                raise UserError(f"corpus.source.text_field: {source.name} has no column {field}; name another")
-            yield checked_text(row[source.text_field], f"{source.name} row {number}", source.text_field)
+        yield from load_dataset(name, source.config, split=source.split, revision=source.revision, streaming=True)
     except (DatasetsError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "check name, config, split and revision"
-        raise UserError(f"{_PARAMETER}: {source.name} cannot be read ({reason}); {remedy}") from None
+        raise UserError(f"{parameter}.name: {source.name} cannot be read ({reason}); {remedy}") from None

@@ -16,6 +16,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path, PurePosixPath
 
@@ -23,7 +24,7 @@ from modelmill.components.core.errors import UserError
 
 _PARAMETER = "corpus.source.distributions"
 _TEST_FOLDERS = {"test", "tests"}  # no documentation, and slim installations leave them out
-_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Node = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def find_distributions(names: Sequence[str]) -> list[Distribution]:
@@ -64,25 +65,59 @@ def read_installed_docs(names: Sequence[str], shortest: int, skipped: Counter[st
     Raises:
         UserError: a distribution is not installed, or its files are not those that were installed.
     """
+    for document in read_documentation(names, shortest, skipped):
+        yield document.text
+
+
+@dataclass(frozen=True)
+class Documented:
+    """Something with documentation: a module, a class or a function.
+
+    Attributes:
+        kind: `module`, `class` or `function`.
+        name: qualified within the module, such as `Solver.solve`; empty for the module.
+        signature: as in the text of the document; empty for the module.
+        text: the documentation string.
+    """
+
+    kind: str
+    name: str
+    signature: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Documentation:
+    """A document: its text, and for a module its name and what is documented in it."""
+
+    text: str
+    module: str = ""
+    entries: tuple[Documented, ...] = ()
+
+
+def read_documentation(
+    names: Sequence[str], shortest: int, skipped: Counter[str]
+) -> Generator[Documentation, None, None]:
+    """The documents of `read_installed_docs`, in the same order, with what their texts were made of."""
     queue = [
         (0, order, _documents_of(found, shortest, skipped)) for order, found in enumerate(find_distributions(names))
     ]
     while queue:
         given, order, documents = queue[0]
-        text = next(documents, None)
-        if text is None:
+        document = next(documents, None)
+        if document is None:
             heapq.heappop(queue)
             continue
-        heapq.heapreplace(queue, (given + len(text.encode("utf-8", "surrogatepass")), order, documents))
-        yield text
+        heapq.heapreplace(queue, (given + len(document.text.encode("utf-8", "surrogatepass")), order, documents))
+        yield document
 
 
-def _documents_of(found: Distribution, shortest: int, skipped: Counter[str]) -> Iterator[str]:
+def _documents_of(found: Distribution, shortest: int, skipped: Counter[str]) -> Iterator[Documentation]:
     # The body of METADATA, or its header in the oldest format; read as it is, because the parser's type varies.
     metadata = email.message_from_string(found.read_text("METADATA") or found.read_text("PKG-INFO") or "")
     description = str(metadata.get_payload()) or metadata.get("Description", "")
     if description.strip():
-        yield description
+        yield Documentation(description)
     for file in _modules(found):
         try:
             source = Path(str(found.locate_file(file))).read_bytes()
@@ -92,11 +127,12 @@ def _documents_of(found: Distribution, shortest: int, skipped: Counter[str]) -> 
         if _quoted_bytes(source) < shortest:
             skipped["undocumented"] += 1
             continue
-        text = module_document(source, _module_name(file))
-        if text is None:
+        module = _module_name(file)
+        entries = _entries(source)
+        if entries is None:
             skipped["not_python"] += 1
         else:
-            yield text
+            yield Documentation(_text(module, entries), module, entries)
 
 
 def _modules(found: Distribution) -> list[PurePosixPath]:
@@ -129,23 +165,33 @@ def module_document(source: bytes, name: str) -> str | None:
         source: the file's bytes; the encoding is the one Python would use.
         name: qualified name, which becomes the title.
     """
+    entries = _entries(source)
+    return None if entries is None else _text(name, entries)
+
+
+def _entries(source: bytes) -> tuple[Documented, ...] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            tree = ast.parse(source)
+            return tuple(_documented(ast.parse(source), ""))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    sections = [name]
-    for signature, text in _documented(tree, ""):
-        sections.extend([signature, text] if signature else [text])
+
+
+def _text(module: str, entries: Sequence[Documented]) -> str:
+    sections = [module]
+    for entry in entries:
+        sections.extend([entry.signature, entry.text] if entry.signature else [entry.text])
     return "\n\n".join(sections) + "\n"
 
 
-def _documented(node: _Documented, prefix: str) -> Iterator[tuple[str, str]]:
-    """(signature, documentation) of a node and of what it defines, in source order."""
+def _documented(node: _Node, prefix: str) -> Iterator[Documented]:
+    """What is documented of a node and of what it defines, in source order."""
     text = ast.get_docstring(node, clean=False)
     if text and text.strip():
-        yield _signature(node, prefix), inspect.cleandoc(text)
+        kind = "module" if isinstance(node, ast.Module) else "class" if isinstance(node, ast.ClassDef) else "function"
+        name = "" if isinstance(node, ast.Module) else f"{prefix}{node.name}"
+        yield Documented(kind, name, _signature(node, prefix), inspect.cleandoc(text))
     inner = prefix if isinstance(node, ast.Module) else f"{prefix}{node.name}."
     if isinstance(node, ast.Module | ast.ClassDef):
         for child in _definitions(node.body):
@@ -164,7 +210,7 @@ def _definitions(body: Sequence[ast.stmt]) -> Iterator[ast.ClassDef | ast.Functi
             yield from _definitions([*statement.body, *handled, *statement.orelse, *statement.finalbody])
 
 
-def _signature(node: _Documented, prefix: str) -> str:
+def _signature(node: _Node, prefix: str) -> str:
     if isinstance(node, ast.Module):
         return ""
     if isinstance(node, ast.ClassDef):

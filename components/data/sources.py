@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modelmill.components.core.uri import split_s3
 from modelmill.components.data.config import CorpusConfig, FilesSource, InstalledDocsSource, S3Source, Source
-from modelmill.components.data.files import list_files
+from modelmill.components.data.files import DocumentFormat, list_files
 from modelmill.components.data.formats import ReadOptions, read_texts
 from modelmill.components.data.huggingface import read_dataset
 from modelmill.components.data.installed_docs import read_installed_docs
@@ -50,11 +50,29 @@ def _read_files(source: FilesSource, config: CorpusConfig, scratch: Path) -> Gen
 
 def _read_objects(source: S3Source, config: CorpusConfig, scratch: Path) -> Generator[str, None, None]:
     options = _options(source, config, scratch)
-    bucket, _ = split_s3(source.uri)
+    for path, name, kind in fetch_objects(source.uri, source.endpoint_url, scratch, options.parameter):
+        yield from read_texts(path, name, kind, options)
+
+
+def fetch_objects(
+    uri: str, endpoint_url: str | None, scratch: Path, parameter: str
+) -> Generator[tuple[Path, str, DocumentFormat], None, None]:
+    """Objects at a key or below a prefix, one at a time: local path (until the next one), URI and format.
+
+    Args:
+        uri: key or prefix.
+        endpoint_url: of an S3-compatible store; None means AWS.
+        scratch: folder for the object.
+        parameter: of the recipe, for messages.
+
+    Raises:
+        UserError: see `list_objects` and `download`.
+    """
+    bucket, _ = split_s3(uri, parameter=f"{parameter}.uri")
     target = scratch / "object"  # never the key: it may hold `..` or be as long as S3 allows
-    for entry in list_objects(source.uri, source.endpoint_url):
+    for entry in list_objects(uri, endpoint_url, parameter):
         try:
-            download(source.uri, source.endpoint_url, entry, target)
-            yield from read_texts(target, f"s3://{bucket}/{entry.key}", entry.format, options)
+            download(uri, endpoint_url, entry, target, parameter)
+            yield target, f"s3://{bucket}/{entry.key}", entry.format
         finally:
             target.unlink(missing_ok=True)
