@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.home import Home
+from modelmill.components.data.loader import open_rows
+from modelmill.components.llama.huggingface import load_huggingface
+from modelmill.components.llama.pretrain import pretrain
 from modelmill.components.training.launch import LocalLauncher, TrainingJob
 from tests.components.llama import sharded
-from tests.components.training.samples import training_config
+from tests.components.training.samples import make_tokenizer, make_tokens, pretrain_config, training_config
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +83,20 @@ def test_an_export_has_the_same_bytes_however_the_model_is_sharded(found: list[d
 def test_what_cannot_be_split_is_refused(found: list[dict[str, Any]], attempt: str, message: str) -> None:
     for rank in found:
         assert re.match(re.escape(message), rank["refusals"][attempt]), rank["refusals"][attempt]
+
+
+def test_the_step_trains_a_shared_model_and_exports_what_it_validated(home: Home, tmp_path: Path) -> None:
+    tokens, tokenizer = make_tokens(tmp_path / "tokens"), make_tokenizer(tmp_path / "tokenizer")
+    output = tmp_path / "out" / "data"
+    output.mkdir(parents=True)
+    parallel = {"processes_per_node": 2, "tensor": 2}
+    with pytest.raises(UserError, match=r"tensor: 2 does not divide the model's vocabulary 97; use 1, or pad it"):
+        pretrain(pretrain_config(parallel=parallel), output, tokenizer=tokenizer, tokens=tokens)
+    config = pretrain_config(model={"vocab_size": 98}, parallel=parallel)
+    result = pretrain(config, output, tokenizer=tokenizer, tokens=tokens)
+    rows = torch.from_numpy(open_rows(tokens, "validation")[:7].astype(np.int64))
+    with torch.no_grad():
+        loss = load_huggingface(output / "model")(rows[:, :-1], rows[:, 1:])
+    assert loss.item() == pytest.approx(result.metrics["validation_loss"], rel=1e-5)
+    assert loss.item() < 4.0  # from log(98)
+    assert result.counts["world_size"] == 2
