@@ -136,6 +136,7 @@ def _layout(training: TrainingConfig) -> dict[str, int]:
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
         "data": parallel.data_degree,
+        "shard": parallel.shard,
         "micro_batch_size": training.micro_batch_size,
         "accumulation_steps": training.accumulation_steps,
     }

@@ -80,10 +80,11 @@ def estimate_memory(model: DecoderSizes, training: TrainingConfig, sequence_leng
     """Memory of one device.
 
     Weights, gradients and the two AdamW moments are parameters x bytes (fp32 and bf16-mixed 4 + 4 + 8,
-    bf16-stochastic 2 + 2 + 4, moments in 8 bits 2.03), divided by tensor x pipeline and whole on every data-parallel
-    copy. Their bytes are exact but for one step counter a parameter tensor, and for the vectors and small matrices
-    that 8-bit states keep in fp32. Activations: see `activation_bytes`. Left out: the allocator's fragmentation, the
-    device's own context, collective buffers, and what a kernel needs while it runs.
+    bf16-stochastic 2 + 2 + 4, moments in 8 bits 2.03), divided by tensor x pipeline x shard, whole on every replica.
+    Their bytes are exact but for one step counter a parameter tensor, for uneven shards, and for the vectors and small
+    matrices that 8-bit states keep in fp32. On top of shards come what is gathered of them, see `_gathered`.
+    Activations: see `activation_bytes`. Left out: the allocator's fragmentation, the device's own context, collective
+    buffers, and what a kernel needs while it runs.
 
     Args:
         model: with `vocab_size` known.
@@ -91,15 +92,38 @@ def estimate_memory(model: DecoderSizes, training: TrainingConfig, sequence_leng
         sequence_length: tokens of a row.
     """
     parallel = training.parallel
-    parameters = model.num_parameters() / (parallel.tensor * parallel.pipeline)
+    parameters = model.num_parameters() / (parallel.tensor * parallel.pipeline * parallel.shard)
+    whole_weights, whole_gradients = _gathered(model, training)
     weight, gradient, in_full = _BYTES[training.precision]
     moments = _BYTES_OF_8BIT_MOMENTS if training.optimizer_state == "8bit" else in_full
     return MemoryEstimate(
-        weights=int(parameters * weight),
-        gradients=int(parameters * gradient),
+        weights=int(parameters * weight) + whole_weights,
+        gradients=int(parameters * gradient) + whole_gradients,
         optimizer=int(parameters * moments),
         activations=activation_bytes(model, training, sequence_length),
     )
+
+
+def _gathered(model: DecoderSizes, training: TrainingConfig) -> tuple[int, int]:
+    """Bytes of weights and gradients that a device of a sharded run holds whole at the height of a step.
+
+    Weights: embedding, head and last norm from the first use to the end of the backward pass, the block that runs, and
+    the next one, which is gathered meanwhile; blocks in bf16 under mixed precision, all else as it is stored.
+    Gradients: those of the block that runs, before they are reduced in fp32. The head's is among the activations.
+    """
+    parallel = training.parallel
+    if parallel.shard == 1:
+        return 0, 0
+    weight, _, _ = _BYTES[training.precision]
+    block = _block_parameters(model) / parallel.tensor
+    root = (model.num_parameters() - model.num_layers * _block_parameters(model)) / parallel.tensor
+    width = 2 if training.precision.endswith("-mixed") else weight
+    return int(root * weight + 2 * block * width), int(block * 4)
+
+
+def _block_parameters(model: DecoderSizes) -> int:
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    return model.hidden_size * (heads + model.hidden_size + 3 * model.intermediate_size + 2)
 
 
 def activation_bytes(model: DecoderSizes, training: TrainingConfig, sequence_length: int) -> int:
@@ -147,8 +171,8 @@ def saved_bytes(model: DecoderSizes, training: TrainingConfig, sequence_length: 
 
     and once: the last hidden state, its gradient, and the head's weight gradient [V, D] in fp32, which the chunked
     loss makes in the forward pass. Mixed precision adds a bf16 copy of the weights of blocks that
-    are not checkpointed. Attention is the memory-efficient kind: no T x T scores. Tensor parallelism divides all of it
-    (with sequence parallelism); a pipeline of P stages holds L / P layers of P micro-batches at once.
+    are neither checkpointed nor sharded. Attention is the memory-efficient kind: no T x T scores. Tensor parallelism
+    divides all of it (with sequence parallelism); a pipeline of P stages holds L / P layers of P micro-batches.
     """
     parallel, mode, layers = training.parallel, training.activation_memory, model.num_layers
     kept, plain = _layer_bytes(model, training)
@@ -158,6 +182,8 @@ def saved_bytes(model: DecoderSizes, training: TrainingConfig, sequence_length: 
         checkpointed = 0 if mode == "none" else layers
     whole = 1.0 if isinstance(mode, MemoryBudget) and mode.budget else 1 - checkpointed / layers
     cast = whole * 2 * model.num_parameters() / parallel.pipeline if training.precision.endswith("-mixed") else 0.0
+    if parallel.shard > 1:  # gathered in bf16 and dropped after use, but for the head
+        cast = min(cast, 2 * model.hidden_size * model.known_vocab_size)
     tokens = training.micro_batch_size * sequence_length
     in_flight = min(parallel.pipeline, training.accumulation_steps)
     of_layers = checkpointed * kept + (layers - checkpointed) * plain

@@ -78,10 +78,11 @@ def _rows(found: Outlook) -> list[tuple[str, str]]:
     verdict = ""
     if found.device_bytes:
         verdict = f" of {gibibytes(found.device_bytes)} on a {found.device}"
-        verdict += "" if total < found.device_bytes else ": DOES NOT FIT; raise tensor or pipeline, or lower the batch"
+        verdict += "" if total < found.device_bytes else ": DOES NOT FIT; raise shard or tensor, or lower the batch"
+    shards = f" in shards of {layout['shard']}" if layout["shard"] > 1 else ""
     rows = [
         ("layout", f"{layout['nodes']} nodes x {layout['processes_per_node']} processes = {found.devices}"),
-        ("", f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"),
+        ("", f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}{shards}"),
         ("batch", f"micro-batch {layout['micro_batch_size']} x accumulation {layout['accumulation_steps']}"),
         ("parameters", number(found.parameters)),
         ("memory", f"{gibibytes(total)} a device{verdict}"),

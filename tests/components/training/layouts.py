@@ -24,6 +24,7 @@ from modelmill.components.training.checkpoint import Checkpoints, Progress
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.journal import Journal
 from modelmill.components.training.launch import TrainingResult
+from modelmill.components.training.layout import ParallelConfig
 from modelmill.components.training.loop import Objective, TrainingData, TrainingLoop
 from modelmill.components.training.mesh import Mesh
 from modelmill.components.training.prepare import prepare
@@ -56,13 +57,11 @@ class Scenario:
     resume: str | None = None
 
     def config(self) -> TrainingConfig:
-        """The training section: 20 steps with one checkpoint in the middle, every step logged."""
+        """20 steps with one checkpoint in the middle, every step logged, and no accumulation unless asked for."""
+        parallel = ParallelConfig.model_validate(self.parallel)
         base = {"steps": STEPS, "validate_every": 10, "checkpoint_every": 10, "constant_steps": 2}
+        base |= {"micro_batch_size": 8 // parallel.data_degree}
         return training_config(**{**base, **self.training, "parallel": self.parallel})
-
-    def on(self, processes: int, **changes: Any) -> Scenario:
-        """The same run on another layout."""
-        return replace(self, parallel={"processes_per_node": processes}, **changes)
 
 
 def transformers_loss(model: nn.Module, rows: Tensor) -> Tensor:
@@ -153,12 +152,13 @@ def run(scenario: Scenario, tokens: Manifest, ranks: RankContext, root: Path) ->
 
 
 def first_gradient(scenario: Scenario, tokens: Manifest, ranks: RankContext, root: Path) -> dict[str, list[float]]:
-    """The gradient of the first global batch by parameter, as the optimizer gets it, not clipped."""
+    """The gradient of the first global batch by parameter, as the optimizer gets it, not clipped; told by rank 0."""
     loop = make(replace(scenario, training={**scenario.training, "clip_norm": None}), tokens, ranks, root)
     rows = loop.data.batches.batch(0, ranks.data_rank, ranks.data_degree)
     loop._train_step(torch.from_numpy(rows.astype("int64")))
     gradients = {name: p.grad for name, p in loop.model.named_parameters() if p.grad is not None}
-    return {name: whole(gradient).flatten().tolist() for name, gradient in gradients.items()}
+    found = {name: whole(gradient) for name, gradient in gradients.items()}
+    return {name: gradient.flatten().tolist() for name, gradient in found.items()} if ranks.is_main else {}
 
 
 def failing_save(scenario: Scenario, tokens: Manifest, ranks: RankContext, root: Path) -> dict[str, Any]:

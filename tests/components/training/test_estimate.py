@@ -104,6 +104,26 @@ def test_degrees_divide_what_they_should() -> None:
     assert copies == whole  # a copy of the model a process: data parallelism saves nothing here
 
 
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_shards_divide_all_but_what_is_gathered(shape: str, precision: str) -> None:
+    config, model = model_config(shape), LlamaDecoder(model_config(shape), device="meta")
+    whole = estimate.estimate_memory(config, training_config(parallel={"processes_per_node": 1}), 96)
+    parallel = {"processes_per_node": 4, "shard": 4}
+    split = estimate.estimate_memory(config, training_config(parallel=parallel, precision=precision), 96)
+    block = sum(p.numel() for p in model.layers[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - len(model.layers) * block
+    assert split.optimizer == whole.optimizer / 4
+    # Two blocks are gathered at a time, and one has its gradient before that is shared out.
+    assert split.weights == whole.weights / 4 + 4 * root + 2 * block * (2 if precision == "bf16-mixed" else 4)
+    assert split.gradients == whole.gradients / 4 + 4 * block
+    # Sharded, no bf16 copy of the blocks' weights is kept for the backward pass.
+    replicated = training_config(parallel={"processes_per_node": 4}, precision=precision)
+    saved = estimate.activation_bytes(config, replicated, 96) - split.activations
+    head = config.known_vocab_size * config.hidden_size
+    assert saved == (2 * (config.num_parameters() - head) if precision == "bf16-mixed" else 0)
+
+
 def test_the_published_run_in_figures() -> None:
     llama2_7b = LlamaConfig(
         vocab_size=32000,
