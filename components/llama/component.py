@@ -1,4 +1,4 @@
-"""KFP shell of the pretraining step. `section` is made by `modelmill.components.core.step.section`."""
+"""KFP shells of the steps that train and measure. `section` is made by `modelmill.components.core.step.section`."""
 
 from kfp import dsl
 
@@ -17,3 +17,12 @@ def pretrain(
     from modelmill.components.llama.pretrain import pretrain as step
 
     run_step(step, section, {"tokenizer": tokenizer.path, "tokens": tokens.path}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def benchmark_attention(section: str, manifest: dsl.Output[dsl.Artifact]) -> None:
+    """Compare the attention kernels of the machine the step runs on."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.llama.benchmark_attention import benchmark_attention as step
+
+    run_step(step, section, {}, {"manifest": manifest.path})
