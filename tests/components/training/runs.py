@@ -121,6 +121,12 @@ def _scenarios(ranks: RankContext, tokens: Manifest) -> Iterator[tuple[str, dict
     ranks.scratch = root / "one bad loss"
     loop = make_loop(tokens, training_config(validation_rows=0), ranks)
     yield "one bad loss", {"digests": _digests_with_one_bad_loss(loop, rank=1, step=4)}
+    ranks.scratch = root / "rolled back"
+    stability = {"action": "rollback", "window": 3, "spike_margin": 5.0, "rollback_skip_batches": 2}
+    loop = make_loop(tokens, training_config(stability=stability), ranks)
+    loop.objective = lambda model, rows: next_token_loss(model, rows) * (1000 if loop.progress.cursor == 4 else 1)
+    loop.run()
+    yield "rolled back", {"digest": digest(loop.model), "cursor": loop.progress.cursor}
     ranks.scratch = root / "stopped"
     # Only one rank hears the signal; all of them must leave after the same step.
     loop = make_loop(tokens, training_config(), ranks, stop_in=4 if ranks.rank == 1 else None)

@@ -183,6 +183,16 @@ def test_all_ranks_skip_the_step_in_which_one_has_an_infinite_loss(
     assert {"step": 4, "skipped": "nonfinite"} in history(folder / "scratch" / "one bad loss")
 
 
+def test_ranks_go_back_together(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, ranks = two_ranks
+    assert ranks[0]["rolled back"] == ranks[1]["rolled back"]
+    records = history(folder / "scratch" / "rolled back")
+    # Batch 4 spikes in step 5: back to step 3, whose batch would have been 3, and on with batch 5.
+    assert [r for r in records if "cursor" in r] == [{"step": 3, "rollbacks": 1, "cursor": 5, "alarm_step": 5}]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
+    assert ranks[0]["rolled back"]["cursor"] == 10
+
+
 def test_ranks_stop_together_when_one_is_told_and_resume_to_the_same_bits(
     two_ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
