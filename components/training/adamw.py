@@ -32,6 +32,9 @@ _ACCELERATOR_PIECE = 2**24
 class AdamW(torch.optim.Optimizer):
     """AdamW on this rank's part of each parameter.
 
+    Its state is kept and taken back by `portable_state` and `load_portable_state`, as `Checkpoints` does. Do not use
+    torch's `load_state_dict`, which casts every state tensor to the parameter's dtype.
+
     Attributes:
         found_inf: None, or a device scalar: while it is not zero, `step` changes no bit of weights, moments and step
             counters, whatever the gradients hold, and nothing waits for the device.
@@ -146,7 +149,7 @@ class AdamW(torch.optim.Optimizer):
             return None
         place: list[int] = []
         if isinstance(parameter, DTensor):
-            coordinates: list[int] = parameter.device_mesh.get_coordinate() or []
+            coordinates = tuple(parameter.device_mesh.get_coordinate() or ())
             placements = zip(coordinates, parameter.placements, strict=True)
             # Not is_shard, which a strided part (tensor parallelism below FSDP) denies.
             place = [coordinate for coordinate, placement in placements if not placement.is_replicate()]

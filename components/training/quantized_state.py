@@ -76,7 +76,7 @@ def quantize(value: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
         has scale 0.
     """
     book = codebook(signed, value.device)
-    blocks = F.pad(value, (0, -value.numel() % BLOCK)).view(-1, BLOCK)
+    blocks = _blocks(value)
     scales = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scales = torch.where(scales.abs() < _SMALLEST_SCALE, 0.0, scales)
     # Where the scale is 0 nothing must be divided by it; the block is all zeros.
@@ -90,8 +90,7 @@ def quantize(value: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """The numbers that codes [n] and scales [ceil(n / 256)] stand for, float32 [n]."""
     values = codebook(signed, codes.device).values.index_select(0, codes.to(torch.int32))
-    blocks = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
-    return (blocks * scales.unsqueeze(1)).flatten()[: codes.numel()]
+    return (_blocks(values) * scales.unsqueeze(1)).flatten()[: codes.numel()]
 
 
 def quantized_zeros(number: int, *, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -99,3 +98,9 @@ def quantized_zeros(number: int, *, signed: bool, device: torch.device) -> tuple
     code = 127 if signed else 0
     codes = torch.full((number,), code, dtype=torch.uint8, device=device)
     return codes, torch.zeros(-(-number // BLOCK), dtype=torch.float32, device=device)
+
+
+def _blocks(value: Tensor) -> Tensor:
+    """[n] as [ceil(n / 256), 256], the last row filled up with zeros."""
+    number = -(-value.numel() // BLOCK)
+    return F.pad(value, (0, number * BLOCK - value.numel())).view(number, BLOCK)

@@ -29,7 +29,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], Placement | None]] = {
     "rows": ((96, 64), Shard(0)),
     "columns": ((64, 80), Shard(1)),
     "uneven": ((7, 5), Shard(0)),
-    "empty": ((1, 5), Shard(0)),  # nothing is left for the second rank
+    "empty": ((1, 4100), Shard(0)),  # nothing is left for the second rank
     "whole": ((80, 64), Replicate()),
     "bias": ((6,), Replicate()),
     "plain": ((9, 4), None),
