@@ -243,15 +243,17 @@ class TrainingLoop:
                 return True
         self.journal.watched(found.events, found.alarm)
         if diverged:
-            raise UserError(self._divergence(found))
+            raise UserError(
+                f"training.learning_rate: {self._divergence(found)}; lower training.learning_rate or raise"
+                " training.warmup_steps"
+            )
         return False
 
     def _divergence(self, found: Findings) -> str:
         start, length = found.nonfinite_start, found.nonfinite_steps
         return (
-            f"training.learning_rate: the loss or its gradient became infinite or nan at step {start} and was so for"
-            f" {length} steps in a row, at learning rate {learning_rate(start - 1, self.config):.3g}; lower"
-            " training.learning_rate or raise training.warmup_steps"
+            f"the loss or its gradient became infinite or nan at step {start} and was so for {length} steps in a row,"
+            f" at learning rate {learning_rate(start - 1, self.config):.3g}"
         )
 
     def _roll_back(self, found: Findings) -> None:

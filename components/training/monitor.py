@@ -168,7 +168,7 @@ class StabilityMonitor:
     def series(self) -> dict[str, float]:
         """Numbers as of the last look, by the names of their series."""
         account, last = self._account, self._last
-        counts = {
+        counts: dict[str, float] = {
             "spikes": account.spikes,
             "spike_length": account.spike_length,
             "skipped_steps": account.skipped_steps,
