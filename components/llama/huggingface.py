@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.model import LlamaDecoder
+from modelmill.components.llama.pieces import Piece, pieces
+from modelmill.components.training.shards import Box, local_box, local_part
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,30 +60,68 @@ def load_huggingface(folder: Path | str, dtype: torch.dtype | None = None) -> Ll
     """
     folder = Path(folder)
     config = LlamaConfig.from_huggingface(_read_json(folder / "config.json", folder))
-    with ExitStack() as stack:
-        files = _weight_files(folder)
-        handles = {name: stack.enter_context(_open(folder / name)) for name in files}
-        source = {tensor: handle for handle in handles.values() for tensor in handle.keys()}  # noqa: SIM118
-        _check_names(config, set(source), folder)
+    with _tensors(config, folder) as source:
         if dtype is None:
             dtype = source["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight").dtype
-        model = LlamaDecoder(config, device="meta", dtype=dtype)
-        state = {}
-        for name, meta in model.state_dict().items():
-            fused = torch.empty(meta.shape, dtype=dtype)
-            for piece in _pieces(config, name):
-                _copy(source[piece.name], piece, fused, folder)
-            state[name] = fused
-        if config.tie_embeddings and "lm_head.weight" in source:
-            head = source["lm_head.weight"].get_tensor("lm_head.weight").to(dtype)
-            if not torch.equal(head, state["embedding.weight"]):
+        model = LlamaDecoder(config, device="meta", dtype=dtype).to_empty(device="cpu")
+        _fill(model, source, folder)
+    model.reset_rope("cpu")
+    return model
+
+
+def load_weights(model: LlamaDecoder, folder: Path | str) -> None:
+    """Read a Llama checkpoint into a decoder that lies on its device, whole or sharded.
+
+    Every rank reads the folder and keeps its own part; no more than one parameter is whole at a time.
+
+    Args:
+        model: of the checkpoint's architecture, though its `max_sequence_length` may differ.
+        folder: holds `config.json` and the safetensors.
+
+    Raises:
+        UserError: as `load_huggingface`, or the architectures differ.
+    """
+    folder = Path(folder)
+    config = LlamaConfig.from_huggingface(_read_json(folder / "config.json", folder))
+    theirs, ours = config.model_dump(), model.config.model_dump()
+    for field in sorted(theirs.keys() - {"max_sequence_length", "init_std"}):
+        if theirs[field] != ours[field]:
+            raise UserError(
+                f"{folder}: {field} is {theirs[field]} in config.json and {ours[field]} in the model; use the"
+                " architecture of the checkpoint"
+            )
+    with _tensors(config, folder) as source:
+        _fill(model, source, folder)
+
+
+@contextmanager
+def _tensors(config: LlamaConfig, folder: Path) -> Iterator[dict[str, Any]]:
+    """The open file of each tensor in a checkpoint that has those of the architecture and no others."""
+    with ExitStack() as stack:
+        handles = [stack.enter_context(_open(folder / name)) for name in _weight_files(folder)]
+        source = {tensor: handle for handle in handles for tensor in handle.keys()}  # noqa: SIM118
+        _check_names(config, set(source), folder)
+        yield source
+
+
+@torch.no_grad()
+def _fill(model: LlamaDecoder, source: dict[str, Any], folder: Path) -> None:
+    for name, parameter in model.state_dict().items():
+        target, box = local_part(parameter), local_box(parameter)
+        sharded = target.shape != parameter.shape
+        fused = torch.empty(parameter.shape, dtype=target.dtype) if sharded else target
+        for piece in pieces(model.config, name):
+            _copy(source[piece.name], piece, fused, folder)
+        if name == "embedding.weight" and model.config.tie_embeddings and "lm_head.weight" in source:
+            head = source["lm_head.weight"].get_tensor("lm_head.weight").to(fused)
+            if not torch.equal(head, fused):
                 raise UserError(
                     f"{folder}: lm_head.weight differs from model.embed_tokens.weight although config.json"
                     " says tie_word_embeddings; set tie_word_embeddings to false"
                 )
-    model.load_state_dict(state, assign=True)
-    model.reset_rope("cpu")
-    return model
+        if sharded:
+            whole = Box((0,) * fused.dim(), tuple(fused.shape))
+            target.copy_(fused[box.within(whole)])
 
 
 def export_huggingface(
@@ -173,68 +214,9 @@ def _weight_files(folder: Path) -> list[str]:
     raise UserError(f"{folder}: holds no {SINGLE_NAME} or {INDEX_NAME}; use a folder with a Hugging Face checkpoint")
 
 
-_PLAIN = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.output.weight": "self_attn.o_proj.weight",
-    "feed_forward_norm.weight": "post_attention_layernorm.weight",
-    "feed_forward.down.weight": "mlp.down_proj.weight",
-}
-
-
-class _Piece(NamedTuple):
-    """Where a Hugging Face tensor lies in a parameter.
-
-    Attributes:
-        name: of the Hugging Face tensor.
-        groups: the parameter's rows form as many equal groups, and the tensor has a part in each.
-        start: first row of that part, in its group.
-        rows: of that part; None: the tensor is the whole parameter.
-    """
-
-    name: str
-    groups: int = 1
-    start: int = 0
-    rows: int | None = None
-
-    def view(self, parameter: Tensor) -> Tensor:
-        """The tensor's rows: the parameter itself, or a view [groups, rows, D] of it."""
-        if self.rows is None:
-            return parameter
-        return parameter.unflatten(0, (self.groups, -1))[:, self.start : self.start + self.rows]
-
-
-def _pieces(config: LlamaConfig, name: str) -> list[_Piece]:
-    """Hugging Face tensors making up the parameter `name`."""
-    if name in _PLAIN:
-        return [_Piece(_PLAIN[name])]
-    _, index, rest = name.split(".", 2)
-    prefix = f"model.layers.{index}."
-    if rest in _LAYER:
-        return [_Piece(prefix + _LAYER[rest])]
-    if rest == "attention.qkv.weight":
-        groups, head = config.num_kv_heads, config.head_dim
-        query = config.num_heads // groups * head
-        parts = [("self_attn.q_proj", query), ("self_attn.k_proj", head), ("self_attn.v_proj", head)]
-    else:
-        groups = config.feed_forward_groups
-        half = config.intermediate_size // groups
-        parts = [("mlp.gate_proj", half), ("mlp.up_proj", half)]
-    pieces = []
-    start = 0
-    for part, rows in parts:
-        pieces.append(_Piece(f"{prefix}{part}.weight", groups, start, rows))
-        start += rows
-    return pieces
-
-
 def _check_names(config: LlamaConfig, found: set[str], folder: Path) -> None:
     names = LlamaDecoder(config, device="meta").state_dict()
-    expected = {piece.name for name in names for piece in _pieces(config, name)}
+    expected = {piece.name for name in names for piece in pieces(config, name)}
     missing = sorted(expected - found)
     if missing:
         raise UserError(
@@ -254,7 +236,7 @@ def _check_names(config: LlamaConfig, found: set[str], folder: Path) -> None:
         )
 
 
-def _copy(handle: Any, piece: _Piece, parameter: Tensor, folder: Path) -> None:
+def _copy(handle: Any, piece: Piece, parameter: Tensor, folder: Path) -> None:
     """Read a Hugging Face tensor into its rows of the parameter."""
     target = piece.view(parameter)
     expected = list(target.shape if piece.rows is None else target.flatten(0, 1).shape)
@@ -328,12 +310,12 @@ def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_
 
 def _plan(
     config: LlamaConfig, parameters: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int
-) -> list[list[tuple[str, _Piece]]]:
+) -> list[list[tuple[str, Piece]]]:
     """For each file what it holds: parameters' names with the pieces of them."""
-    shards: list[list[tuple[str, _Piece]]] = [[]]
+    shards: list[list[tuple[str, Piece]]] = [[]]
     size = 0
     for path, parameter in parameters.items():
-        for piece in _pieces(config, path):
+        for piece in pieces(config, path):
             nbytes = piece.view(torch.empty(parameter.shape, device="meta")).numel() * dtype.itemsize
             if shards[-1] and size + nbytes > max_shard_bytes:
                 shards.append([])

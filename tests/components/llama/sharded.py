@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig
-from modelmill.components.llama.huggingface import export_huggingface
+from modelmill.components.llama.huggingface import export_huggingface, load_weights
 from modelmill.components.llama.model import LlamaDecoder
 from modelmill.components.training import activations, collectives, initialize
 from modelmill.components.training.config import TrainingConfig
@@ -243,9 +243,10 @@ def adjoint(ranks: RankContext) -> dict[str, float]:
 
 
 def export(ranks: RankContext) -> dict[str, Any]:
-    """Digests of exported folders, equal when the bytes are."""
+    """Digests of exported folders, equal when the bytes are, and whether reading one back restores the weights."""
     found = {}
     alone = LlamaDecoder(config(), seed=5)
+    reference = {name: value.clone() for name, value in alone.state_dict().items()}
     layouts = {"alone": alone, "tensor 4": sharded(config(), grid(4), True, dtype=torch.float32)}
     layouts["tensor 2, sharded"] = sharded(config(), grid(2), True, dtype=torch.float32, fsdp=True)
     for name, model in layouts.items():
@@ -254,6 +255,13 @@ def export(ranks: RankContext) -> dict[str, Any]:
             export_huggingface(model, folder, max_shard_bytes=limit)
             dist.barrier()
             found[f"{name}, {limit}"] = digest(folder)
+    for name, model in layouts.items():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        load_weights(model, folder)
+        state = {key: whole(value) for key, value in model.state_dict().items()}
+        found[f"{name}, loaded"] = all(torch.equal(value, reference[key]) for key, value in state.items())
     return found
 
 

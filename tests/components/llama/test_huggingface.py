@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.weights import weights_digest
-from modelmill.components.llama.huggingface import export_huggingface, load_huggingface
+from modelmill.components.llama.huggingface import export_huggingface, load_huggingface, load_weights
 from modelmill.components.llama.model import LlamaDecoder
 
 from .conftest import make_config
@@ -155,6 +155,14 @@ def test_a_failed_export_leaves_the_earlier_checkpoint(checkpoint, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         export_huggingface(LlamaDecoder(make_config(), seed=9), checkpoint)
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_weights_are_read_into_a_model_that_exists_if_it_is_of_that_architecture(checkpoint):
+    model = LlamaDecoder(make_config(num_kv_heads=2, max_sequence_length=128), seed=9)
+    load_weights(model, checkpoint)
+    assert torch.equal(model(TOKENS), load_huggingface(checkpoint)(TOKENS))
+    with pytest.raises(UserError, match=r"num_kv_heads is 2 in config.json and 4 in the model; use the architecture"):
+        load_weights(LlamaDecoder(make_config()), checkpoint)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])

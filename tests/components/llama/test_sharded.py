@@ -59,12 +59,15 @@ def test_gradients_of_collectives_are_their_adjoints(found: list[dict[str, Any]]
         assert all(difference < 1e-12 for difference in rank["adjoint"].values()), rank["adjoint"]
 
 
-def test_an_export_has_the_same_bytes_however_the_model_is_sharded(found: list[dict[str, Any]]) -> None:
+def test_an_export_has_the_same_bytes_however_the_model_is_sharded_and_can_be_read_back(
+    found: list[dict[str, Any]],
+) -> None:
     for rank in found:
         digests = rank["export"]
         for limit in (10**9, 9_000):
             assert len({digests[f"{name}, {limit}"] for name in ("alone", "tensor 4", "tensor 2, sharded")}) == 1
         assert digests[f"alone, {10**9}"] != digests["alone, 9000"]
+        assert all(digests[f"{name}, loaded"] for name in ("alone", "tensor 4", "tensor 2, sharded"))
 
 
 @pytest.mark.parametrize(
