@@ -104,16 +104,15 @@ class _Documentwise:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, heads, length, size = query.shape
         # `split` and `cat` are each other's gradient; slices would each fill a whole tensor of zeros in the backward.
-        parts = [t.transpose(1, 2).flatten(0, 1).split(self.lengths) for t in (query, key, value)]
+        parts = [
+            [document.transpose(0, 1).unsqueeze(0) for document in t.transpose(1, 2).flatten(0, 1).split(self.lengths)]
+            for t in (query, key, value)
+        ]
         grouped = key.shape[1] != heads
         with self.kernel.chosen():
             attended = [
-                F.scaled_dot_product_attention(
-                    *(t.transpose(0, 1).unsqueeze(0) for t in document), is_causal=True, enable_gqa=grouped
-                )
-                .squeeze(0)
-                .transpose(0, 1)
-                for document in zip(*parts, strict=True)
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).squeeze(0).transpose(0, 1)
+                for q, k, v in zip(*parts, strict=True)
             ]
         return torch.cat(attended).view(rows, length, heads, size).transpose(1, 2)
 
@@ -138,7 +137,7 @@ class _FlexDocuments:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask) -> Tensor:
-    run = flex_attention if query.device.type == "cpu" else _compiled_flex()
+    run: Any = flex_attention if query.device.type == "cpu" else _compiled_flex()
     return run(query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
 
 
@@ -228,15 +227,15 @@ def _end_to_end(
 ) -> Tensor:
     """Call a kernel that takes [B x T, H, Dh] and cumulative lengths; no document is longer than a row."""
     rows, heads, length, size = query.shape
-    flat = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-    return run(*flat, starts, length).view(rows, length, heads, size).transpose(1, 2)
+    query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    return run(query, key, value, starts, length).view(rows, length, heads, size).transpose(1, 2)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = query.shape[1] != key.shape[1]
-    return varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    options: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": query.shape[1] != key.shape[1]}  # -1, 0: causal
+    return _first(varlen_attn(query, key, value, starts, starts, longest, longest, **options))
 
 
 def _first(result: Any) -> Tensor:
