@@ -13,6 +13,8 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.training.accelerator import present, select_accelerator
 from modelmill.components.training.config import Precision
 from modelmill.components.training.float8 import float8_works
+from modelmill.components.training.launch import LocalLauncher
+from tests.components.training.samples import training_config
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -46,13 +48,20 @@ def test_a_precision_the_device_lacks_is_refused_with_those_it_has(monkeypatch: 
     float8_works.cache_clear()
     try:
         with pytest.raises(UserError) as caught:
-            select_accelerator("cpu", 1, "fp8-mixed")
+            LocalLauncher().check(training_config(precision="fp8-mixed"))  # before any process starts
     finally:
         float8_works.cache_clear()
     assert str(caught.value) == (
         "training.precision: 'fp8-mixed' is not to be had on cpu in this machine;"
         " use fp32, bf16-mixed, bf16-stochastic"
     )
+
+
+@pytest.mark.parametrize(("precision", "switch"), [("bf16-stochastic", "1"), ("bf16-mixed", "0")])
+def test_neuron_hardware_rounds_stochastically_in_that_precision_only(precision: Precision, switch: str) -> None:
+    environment = LocalLauncher()._environment(training_config(precision=precision, seed=3))
+    assert environment["NEURON_RT_STOCHASTIC_ROUNDING_EN"] == switch
+    assert environment["NEURON_RT_STOCHASTIC_ROUNDING_SEED"] == "3"
 
 
 def test_fp8_is_offered_where_its_products_work() -> None:

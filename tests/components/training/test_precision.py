@@ -14,11 +14,13 @@ from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.model import LlamaDecoder
 from modelmill.components.training.adamw import AdamW
 from modelmill.components.training.config import Precision
+from modelmill.components.training.estimate import estimate_memory
 from modelmill.components.training.loop import TrainingLoop
+from modelmill.components.training.optimizer import make_optimizer
 from modelmill.components.training.precision import autocast, precision_policy, set_precision
 from tests.components.training.layouts import Scenario, make
 from tests.components.training.runs import single_rank
-from tests.components.training.samples import MODEL, VOCAB, make_tokens
+from tests.components.training.samples import MODEL, VOCAB, make_tokens, training_config
 
 WEIGHTS: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -64,6 +66,27 @@ def test_products_run_in_the_precision(precision: Precision) -> None:
     assert linear.weight.grad.dtype == policy.weights
     assert policy.stochastic_rounding is (precision == "bf16-stochastic")
     assert policy.float8 is (precision == "fp8-mixed")
+
+
+@pytest.mark.parametrize("precision", list(WEIGHTS))
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
+def test_a_step_holds_what_is_estimated(precision: Precision, state: str) -> None:
+    """Weights, gradients and moments to the byte; 8-bit moments but for vectors and the last block of a matrix."""
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_layers": 3, "num_heads": 4}
+    config = LlamaConfig.model_validate({**sizes, "max_sequence_length": 32})
+    training = training_config(precision=precision, optimizer_state=state, parallel={"processes_per_node": 1})
+    model = LlamaDecoder(config)
+    set_precision(model, precision)
+    optimizer = make_optimizer(model, training)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    expected = estimate_memory(config, training, 32)
+    parameters = list(model.parameters())
+    assert expected.weights == sum(parameter.nbytes for parameter in parameters)
+    assert expected.gradients == sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+    held = sum(v.nbytes for kept in optimizer.state.values() for key, v in kept.items() if key != "step")
+    assert held == (expected.optimizer if state == "fp32" else pytest.approx(expected.optimizer, rel=0.01))
 
 
 @pytest.fixture(scope="module")
