@@ -97,6 +97,10 @@ SHIPPED = Catalog(
             recipe="modelmill.pipelines.recipes.llama_pretrain:LlamaPretrainRecipe",
             dag="modelmill.pipelines.llama_pretrain:llama_pretrain",
         ),
+        "activation_sweep": Pipeline(
+            recipe="modelmill.pipelines.recipes.activation_sweep:ActivationSweepRecipe",
+            dag="modelmill.pipelines.activation_sweep:activation_sweep",
+        ),
         "attention_benchmark": Pipeline(
             recipe="modelmill.pipelines.recipes.attention_benchmark:AttentionBenchmarkRecipe",
             dag="modelmill.pipelines.attention_benchmark:attention_benchmark",

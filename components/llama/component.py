@@ -26,3 +26,12 @@ def benchmark_attention(section: str, manifest: dsl.Output[dsl.Artifact]) -> Non
     from modelmill.components.llama.benchmark_attention import benchmark_attention as step
 
     run_step(step, section, {}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def activation_sweep(section: str, manifest: dsl.Output[dsl.Artifact], report: dsl.Output[dsl.HTML]) -> None:
+    """Compare the activation memory modes of a model on the machine the step runs on."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.llama.activation_sweep import activation_sweep as step
+
+    run_step(step, section, {}, {"manifest": manifest.path, "report.html": report.path})
