@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.model import LlamaDecoder
+from modelmill.components.training import activations
+from modelmill.components.training.config import Precision
 from modelmill.components.training.float8 import (
     FORWARD,
     GRADIENT,
@@ -19,6 +21,7 @@ from modelmill.components.training.float8 import (
     float8_works,
     to_float8,
 )
+from modelmill.components.training.options import ActivationMemory
 from modelmill.components.training.precision import autocast, set_precision
 from tests.components.training.samples import MODEL, VOCAB
 
@@ -147,3 +150,43 @@ def test_a_decoder_in_fp8_is_near_the_one_in_bf16_and_learns() -> None:
     assert errors["bf16-mixed"] < errors["fp8-mixed"] < 0.15  # so 8 bits were used, and used well
     assert losses["fp8-mixed"][-1] < losses["fp8-mixed"][0] - 0.5
     assert losses["fp8-mixed"][-1] == pytest.approx(losses["fp32"][-1], rel=0.02)
+
+
+@with_products
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])  # of what surrounds the converted layers
+def test_every_product_of_the_blocks_runs_in_8_bits(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the decoder would fuse a plain layer with what comes before it."""
+    calls: list[tuple[torch.dtype, torch.dtype]] = []
+    product = torch._scaled_mm
+
+    def count(left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append((left.dtype, right.dtype))
+        return product(left, right, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_scaled_mm", count)
+    model = decoder()
+    convert_linears(model)
+    rows = torch.randint(0, VOCAB, (2, 9))
+    with autocast(precision, "cpu"):
+        loss = model(rows[:, :-1], rows[:, 1:])
+    assert calls == [(FORWARD, FORWARD)] * 8
+    loss.backward()
+    assert calls[8:] == [(GRADIENT, FORWARD)] * 16
+
+
+@with_products
+@pytest.mark.parametrize("mode", ["full", "selective", "selective_matmul"])
+def test_recomputing_activations_changes_no_bit(mode: ActivationMemory) -> None:
+    rows = torch.randint(0, VOCAB, (2, 9))
+    gradients = []
+    for one in ("none", mode):
+        model = decoder()
+        set_precision(model, "fp8-mixed")
+        activations.apply(model, one)
+        with autocast("fp8-mixed", "cpu"):
+            model(rows[:, :-1], rows[:, 1:]).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert plain is not None
+        assert again is not None
+        assert torch.equal(plain, again)
