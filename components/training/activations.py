@@ -76,15 +76,16 @@ def apply(model: nn.Module, mode: ActivationMemory) -> None:
         model.config.use_cache = False  # type: ignore[union-attr]
     step = mode.every_n_layers if isinstance(mode, EveryNLayers) else 1
     for block in found[::step]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **_contexts(mode))
+        block.forward = partial(_checkpointing(mode), block.forward)
 
 
-def _contexts(mode: ActivationMemory) -> dict[str, Callable[[], Any]]:
-    """The `context_fn` of `checkpoint` for a selective mode, nothing for the others."""
+def _checkpointing(mode: ActivationMemory) -> Callable[..., Any]:
+    """`checkpoint` with the context of a selective mode, or plain."""
     kept = {"selective": COMPUTE_HEAVY, "selective_matmul": MATMULS}.get(mode) if isinstance(mode, str) else None
-    return (
-        {} if kept is None else {"context_fn": partial(create_selective_checkpoint_contexts, partial(_decide, kept))}
-    )
+    if kept is None:
+        return partial(checkpoint, use_reentrant=False)
+    context = partial(create_selective_checkpoint_contexts, partial(_decide, kept))
+    return partial(checkpoint, use_reentrant=False, context_fn=context)
 
 
 def _decide(kept: frozenset[str], context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -109,11 +110,16 @@ class _Budgeted:
 
     budget: float
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         from torch._dynamo.backends.registry import lookup_backend
 
         # `torch._dynamo.config`, which some descriptions name, has no such setting.
-        with torch._functorch.config.patch(activation_memory_budget=self.budget):
+        settings: dict[str, Any] = {"activation_memory_budget": self.budget}
+        sizeless = "unsafe_treat_script_objects_as_zero_size"
+        if hasattr(torch._functorch.config, sizeless):
+            # Distributed parameters bring their mesh into the graph, whose memory newer versions refuse to guess.
+            settings[sizeless] = True
+        with torch._functorch.config.patch(settings):
             return lookup_backend("inductor")(graph, inputs)
 
 

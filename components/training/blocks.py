@@ -21,4 +21,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         return []
-    return list(max(lists, key=lambda found: sum(parameter.numel() for parameter in found.parameters())))
+    largest = max(lists, key=_num_parameters)
+    return list(largest)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -63,7 +63,7 @@ def _track_cpu(use: MemoryUse) -> Iterator[MemoryUse]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield use
     # The records hang in the tree of the operators that made them.
-    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
     records = []
     while waiting:
         event = waiting.pop()

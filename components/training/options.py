@@ -50,17 +50,14 @@ def _activation_memory(value: Any) -> Any:
     """Turn a mapping into its class, so that a mistake is one sentence and not one for each alternative."""
     if isinstance(value, (EveryNLayers, MemoryBudget)) or value in get_args(ActivationPolicy):
         return value
-    kind = {"every_n_layers": EveryNLayers, "budget": MemoryBudget}.get(*value) if _has_one_key(value) else None
+    kinds: dict[str, type[Section]] = {"every_n_layers": EveryNLayers, "budget": MemoryBudget}
+    kind = kinds.get(*value) if isinstance(value, dict) and len(value) == 1 else None
     if kind is not None:
         try:
             return kind.model_validate(value)
         except ValidationError:
             pass  # the sentence below says what would do
     raise ValueError(f"{value!r} is no activation memory mode; {_FORMS}")
-
-
-def _has_one_key(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) == 1
 
 
 ActivationMemory = Annotated[
