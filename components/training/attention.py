@@ -25,7 +25,7 @@ from modelmill.components.training.attention_kernels import (
     ScaledDotProduct,
     Varlen,
 )
-from modelmill.components.training.options import GPU_ATTENTION, AttentionName
+from modelmill.components.training.options import GPU_ATTENTION, HALF_ATTENTION, WHOLE_ROW_ATTENTION, AttentionName
 
 logger = logging.getLogger("modelmill")
 
@@ -38,8 +38,6 @@ _ORDER = {
     ("cuda", True): ("flash3", "flex", "varlen", "math"),
 }
 _HALF = (torch.bfloat16, torch.float16)
-_HALF_ONLY = frozenset({"cudnn", "varlen", "flash3"})
-_MASKING = frozenset({"math", "sdpa", "flex", "varlen", "flash3"})
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 
 
@@ -143,11 +141,11 @@ def _unfit(name: str, needs: AttentionNeeds) -> str | None:
         )
     if name == "flash" and kind not in ("cpu", "cuda"):
         return f"needs a CPU or an NVIDIA GPU, and this run is on {kind}"
-    if needs.masked and name not in _MASKING and not (name == "flash" and kind == "cpu"):
+    if needs.masked and (name in WHOLE_ROW_ATTENTION or (name == "flash" and kind == "cuda")):
         return f"cannot mask documents on {kind}"
     if needs.deterministic and name == "cudnn":
         return "has no deterministic backward pass (training.deterministic)"
-    if kind == "cuda" and (name in _HALF_ONLY or name == "flash") and needs.dtype not in _HALF:
+    if kind == "cuda" and (name in HALF_ATTENTION or name == "flash") and needs.dtype not in _HALF:
         return f"computes in bf16 or fp16, not in {str(needs.dtype).removeprefix('torch.')}"
     if kind == "cuda":
         return _missing(name, torch.cuda.get_device_capability(needs.device))

@@ -14,7 +14,14 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.recipe import Section
 from modelmill.components.training.layout import ParallelConfig, joined
-from modelmill.components.training.options import ActivationMemory, AttentionName, MemoryBudget, StabilityConfig
+from modelmill.components.training.options import (
+    HALF_ATTENTION,
+    WHOLE_ROW_ATTENTION,
+    ActivationMemory,
+    AttentionName,
+    MemoryBudget,
+    StabilityConfig,
+)
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-stochastic", "fp8-mixed"]
 OptimizerState = Literal["fp32", "8bit"]
@@ -125,6 +132,24 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"activation_memory {{budget: {self.activation_memory.budget:g}}} compiles each block, which does not"
                 f" go with parallel.tensor {self.parallel.tensor}; use selective, or tensor 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        if self.attention == "cudnn" and self.deterministic:
+            raise ValueError(
+                "attention cudnn has no deterministic backward pass; set deterministic to false or use attention auto"
+            )
+        if self.attention in HALF_ATTENTION and self.precision == "fp32":
+            raise ValueError(
+                f"attention {self.attention} computes in bf16 and precision is fp32;"
+                " use precision bf16-mixed or attention auto"
+            )
+        if self.attention in WHOLE_ROW_ATTENTION and self.document_masking:
+            raise ValueError(
+                f"attention {self.attention} cannot mask documents;"
+                " set document_masking to false or use attention auto"
             )
         return self
 

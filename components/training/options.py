@@ -24,6 +24,10 @@ ActivationPolicy = Literal["none", "full", "selective", "selective_matmul"]
 AttentionName = Literal["auto", "math", "sdpa", "flash", "efficient", "cudnn", "flex", "varlen", "flash3"]
 GPU_ATTENTION = frozenset({"efficient", "cudnn", "flex", "varlen", "flash3"})
 """Attention kernels that exist on NVIDIA GPUs only; see `attention.py`."""
+HALF_ATTENTION = frozenset({"cudnn", "varlen", "flash3"})
+"""Those that compute in bf16 and fp16 only."""
+WHOLE_ROW_ATTENTION = frozenset({"efficient", "cudnn"})
+"""Those that cannot keep documents apart."""
 
 
 class EveryNLayers(Section):

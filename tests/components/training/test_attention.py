@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -373,3 +374,17 @@ def test_masking_needs_tokens_that_name_the_end_of_text(tmp_path: Path) -> None:
     check_run(model, training_config(), tokens)
     with pytest.raises(UserError, match=r"training\.document_masking: true .* use false"):
         check_run(model, training_config(document_masking=True), tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attention": "cudnn", "precision": "bf16-mixed"}, "cudnn has no deterministic backward pass; set determ"),
+        ({"attention": "flash3"}, "flash3 computes in bf16 and precision is fp32; use precision bf16-mixed"),
+        ({"attention": "efficient", "document_masking": True}, "efficient cannot mask documents; set document_m"),
+        ({"attention": "eager"}, "attention"),
+    ],
+)
+def test_kernels_that_cannot_do_what_the_recipe_says(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        training_config(**changes)

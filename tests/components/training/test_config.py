@@ -137,7 +137,7 @@ def test_the_vocabulary_is_the_tokenizers_or_a_larger_one(tmp_path: Path) -> Non
     [
         ({"parallel": {"nodes": 2}}, ["training.parallel.nodes: 2", "cluster launcher"]),
         ({"parallel": {"pipeline": 2}}, ["training.parallel.pipeline: 2", "use 1", "shard or tensor"]),
-        ({"attention": "flash3"}, ["training.attention: 'flash3' needs an NVIDIA GPU", "this run is on cpu", "flash"]),
+        ({"attention": "flex"}, ["training.attention: 'flex' needs an NVIDIA GPU", "this run is on cpu", "flash"]),
     ],
 )
 def test_the_local_launcher_refuses_what_it_cannot_do(changes: dict[str, Any], expected: list[str]) -> None:
