@@ -1,4 +1,4 @@
-"""Loss and learning-rate curves as SVG text that is the same for the same history."""
+"""Loss, learning-rate and gradient-norm curves as SVG text that is the same for the same history."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _STYLE: Any = {
 
 
 def curves(history: Sequence[Mapping[str, Any]], validation: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """The figures of a report by name, `loss` and `learning_rate`; none without a history.
+    """The figures of a report by name: `loss`, `learning_rate`, `grad_norm` if it was logged; none without a history.
 
     Args:
         history: records of `history.jsonl`.
@@ -46,7 +46,10 @@ def curves(history: Sequence[Mapping[str, Any]], validation: Mapping[str, Mappin
     if not history:
         return {}
     lines = {name: validation[name]["loss"] for name in ("bigram", "unigram") if name in validation}
-    return {"loss": loss_curve(history, lines), "learning_rate": learning_rate_curve(history)}
+    found = {"loss": loss_curve(history, lines), "learning_rate": learning_rate_curve(history)}
+    if _series(history, "grad_norm"):
+        found["grad_norm"] = grad_norm_curve(history)
+    return found
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> str:
@@ -85,6 +88,24 @@ def learning_rate_curve(history: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         return _svg(figure, "Learning rate by step")
+
+
+def grad_norm_curve(history: Sequence[Mapping[str, Any]]) -> str:
+    """Norm of the gradient before clipping by step, its running mean, and the steps that were skipped.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes("gradient norm", height=2.4)
+        axes.plot(*zip(*_thin(_series(history, "grad_norm")), strict=True), color=_TRAIN, label="gradient norm")
+        if mean := _series(history, "grad_norm_mean"):
+            axes.plot(*zip(*_thin(mean), strict=True), color=_VALIDATION, label="running mean")
+        if skipped := [record["step"] for record in history if "skipped" in record]:
+            axes.plot(skipped, [0.0] * len(skipped), "x", color=_INK, label="update skipped", clip_on=False)
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside upper left", ncols=3)
+        return _svg(figure, "Gradient norm by step")
 
 
 def _axes(label: str, height: float = 3.4) -> tuple[Figure, Any]:

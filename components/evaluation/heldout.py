@@ -30,9 +30,10 @@ Losses = NDArray[np.float64]
 def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest, tokens: Manifest) -> StepResult:
     """Score a model on the test split, compare it with the baselines, let it write, and report.
 
-    Writes `evaluation.json`, `samples.json`, `report.html` and its figures (`loss.svg`, `learning_rate.svg`).
-    Perplexity is `exp(loss)`; bits per byte are `loss / ln 2 * tokens / bytes`, with the bytes of UTF-8 text that the
-    tokens stand for, so that models with different tokenizers can be compared.
+    Writes `evaluation.json`, `samples.json`, `report.html` and its figures (`loss.svg`, `learning_rate.svg`,
+    and `grad_norm.svg` if the model's history has it). Perplexity is `exp(loss)`; bits per byte are `loss / ln 2 *
+    tokens / bytes`, with the bytes of UTF-8 text that the tokens stand for, so that models with different tokenizers
+    can be compared.
 
     Args:
         config: what to score and what to sample.

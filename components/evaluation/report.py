@@ -128,10 +128,15 @@ def _curves(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         return "<p class=note>The model came without a training history.</p>"
     held_out = bool(evaluation["validation"])
     shown = "dashed: the baselines on the validation split" if held_out else "no validation split to put baselines on"
-    return (
+    page = (
         f"<figure>{figures['loss']}<figcaption>Loss by optimizer step; {shown}.</figcaption></figure>"
         f"<figure>{figures['learning_rate']}<figcaption>Learning rate.</figcaption></figure>"
     )
+    if "grad_norm" in figures:
+        page += (
+            f"<figure>{figures['grad_norm']}<figcaption>Norm of the gradient before clipping.</figcaption></figure>"
+        )
+    return page
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:

@@ -121,6 +121,19 @@ def test_curves_are_the_same_bytes_and_hold_what_they_should() -> None:
     assert rates != learning_rate_curve(HISTORY[:20])
 
 
+def test_the_gradient_norm_is_drawn_when_it_was_logged() -> None:
+    assert "grad_norm" not in curves(HISTORY, {})
+    norms = [{"step": step, "loss": 1.0, "learning_rate": 1e-3, "grad_norm": 2 / step} for step in range(1, 30)]
+    plain = curves(norms, {})["grad_norm"]
+    assert "gradient norm" in plain
+    assert "running mean" not in plain
+    watched = [{**record, "grad_norm_mean": 0.5} for record in norms]
+    marked = curves([*watched, {"step": 30, "skipped": "nonfinite"}], {})
+    assert "running mean" in marked["grad_norm"]
+    assert "update skipped" in marked["grad_norm"]
+    assert marked["grad_norm"] in render_report(EVALUATION, [], marked)
+
+
 def test_long_histories_are_thinned() -> None:
     long = [{"step": step, "loss": 5.0 + (step % 7), "learning_rate": 1e-3} for step in range(200_000)]
     assert len(loss_curve(long, {})) < 120_000
