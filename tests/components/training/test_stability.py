@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -282,6 +283,24 @@ def test_no_checkpoint_is_written_inside_a_spike(tokens: Manifest, tmp_path: Pat
     kept = {path.name for path in (tmp_path / "early/checkpoints").iterdir()}
     assert "step-00000003" in kept
     assert "step-00000006" not in kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"stability": {"action": "rollback"}, "checkpoint_every": None},
+            "stability.action rollback goes back to checkpoints, and checkpoint_every is null; set",
+        ),
+        ({"stability": {"action": "restart"}}, "stability.action\n  Input should be 'log', 'skip_step' or 'rollback'"),
+        ({"stability": {"window": 1}}, "stability.window\n  Input should be greater than or equal to 2"),
+        ({"stability": {"alarm_ratio": 1}}, "stability.alarm_ratio\n  Input should be greater than 1"),
+        ({"stability": {"spike_margin": INF}}, "stability.spike_margin\n  Input should be a finite number"),
+    ],
+)
+def test_a_wrong_section_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        training_config(**changes)
 
 
 def test_too_many_rollbacks_end_the_run(tokens: Manifest, tmp_path: Path) -> None:
