@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -275,6 +282,39 @@ def test_blocks_trace_whole_and_agree_in_float64() -> None:
         layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-13)
+
+
+def _ranks_agree(rank: int, folder: str) -> None:
+    """On one of two ranks: every mode under DDP and FSDP2 gives the bits of the same layout without a mode."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    grid = init_device_mesh("cpu", (2,))
+
+    def run(mode: ActivationMemory, sharded: bool) -> dict[str, Tensor]:
+        model = decoder()
+        activations.apply(model, mode)  # before sharding
+        wrapped: nn.Module = model
+        if sharded:
+            for layer in (*model.layers, model):
+                fully_shard(layer, mesh=grid)
+        else:
+            wrapped = DistributedDataParallel(model)
+        tokens = rows()[rank : rank + 1]
+        wrapped(tokens[:, :-1], tokens[:, 1:]).backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+
+    for sharded in (False, True):
+        expected = run("none", sharded)
+        assert len(expected) == len(list(decoder().parameters()))
+        for mode in EAGER:
+            found = run(mode, sharded)
+            assert all(torch.equal(found[name], gradient) for name, gradient in expected.items()), (sharded, mode)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_modes_go_with_data_parallelism_and_sharding(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_ranks_agree, args=(str(tmp_path),), nprocs=2)
 
 
 @pytest.mark.slow
