@@ -136,6 +136,7 @@ def activation_bytes(model: DecoderSizes, training: TrainingConfig, sequence_len
     kept, plain = _layer_bytes(model, training)
     mode, hidden, inner = training.activation_memory, model.hidden_size, model.intermediate_size
     width, stream = _widths(training.precision)
+    again: float
     if mode == "none":
         again = 0
     elif mode == "full":

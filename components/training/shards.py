@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def is_first_holder(tensor: Tensor, rank: int, world_size: int) -> bool:
     if not isinstance(tensor, DTensor):
         return rank == 0
     copies(tensor, world_size)
-    place = tensor.device_mesh.get_coordinate() or []
+    place: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
     return all(at == 0 or not placement.is_replicate() for at, placement in zip(place, tensor.placements, strict=True))
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.training.launch import LocalLauncher, TrainingJob
+from modelmill.components.training.mesh import Mesh
+from modelmill.components.training.prepare import prepare
 from tests.components.training.layouts import MODULE, STEPS, Scenario, as_spec, first_gradient, run
 from tests.components.training.runs import history, single_rank
 from tests.components.training.samples import make_tokens, training_config
@@ -22,7 +26,6 @@ TWO: dict[str, dict[str, Any]] = {
     "tp2sp": {"tensor": 2},
 }
 FOUR: dict[str, dict[str, Any]] = {
-    "dp4": {},
     "fsdp4": {"shard": 4},
     "hsdp2x2": {"shard": 2},
     "tp2xdp2": {"tensor": 2, "sequence_parallel": False},
@@ -30,6 +33,10 @@ FOUR: dict[str, dict[str, Any]] = {
 }
 # On one rank: how one batch of 8 rows is cut does not matter either.
 ONE = Scenario("one", {"processes_per_node": 1})
+STOCHASTIC = Scenario(
+    "one-stochastic", ONE.parallel, {"precision": "bf16-stochastic", "micro_batch_size": 2}, dtype="bfloat16"
+)
+TRANSFORMERS = [("fsdp2", "llama_hf"), ("dp2", "gpt_neox"), ("fsdp2", "gpt_neox")]
 CUT = Scenario("cut", {"processes_per_node": 1}, {"micro_batch_size": 1})
 
 
@@ -80,16 +87,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
         patch.setenv("MODELMILL_HOME", str(folder / "home"))
         found = Measured(make_tokens(folder / "tokens"), folder / "runs")
         found.root.mkdir()
-        for scenario in (ONE, CUT, Scenario("one-fp32", {"processes_per_node": 1}, dtype="float32")):
+        for scenario in (ONE, CUT, STOCHASTIC, replace(ONE, name="one-fp32", dtype="float32")):
             found.alone(scenario)
-        kinds = [Scenario(f"one-{kind}", {"processes_per_node": 1}, model=kind) for kind in ("llama_hf", "gpt_neox")]
-        for scenario in kinds:
-            found.alone(scenario)
-        gradient = Scenario("gradient-one", ONE.parallel, ONE.training)
+        for kind in ("llama_hf", "gpt_neox"):
+            found.alone(replace(ONE, name=f"one-{kind}", model=kind))
+        gradient = replace(ONE, name="gradient-one")
         found.ranks["gradient-one"] = [first_gradient(gradient, found.tokens, single_rank(found.root), found.root)]
         found.launch(2, two_ranks())
         found.launch(4, four_ranks())
-        found.alone(Scenario("tp2xfsdp2-to-one", ONE.parallel, resume="tp2xfsdp2"))
+        found.alone(replace(ONE, name="tp2xfsdp2-to-one", resume="tp2xfsdp2"))
     return found
 
 
@@ -102,11 +108,8 @@ def two_ranks() -> list[tuple[str, Scenario]]:
         Scenario(f"{name}-bf16", {**pair, **TWO[name]}, {"precision": "bf16-mixed"}, dtype="float32")
         for name in ("dp2", "fsdp2")
     ]
-    runs += [
-        Scenario(f"{name}-{kind}", {**pair, **TWO[name]}, model=kind)
-        for kind in ("llama_hf", "gpt_neox")
-        for name in ("dp2", "fsdp2")
-    ]
+    runs += [replace(STOCHASTIC, name="dp2-stochastic", parallel=pair)]
+    runs += [Scenario(f"{name}-{kind}", {**pair, **TWO[name]}, model=kind) for name, kind in TRANSFORMERS]
     runs += [Scenario("fsdp2-cut", sharded, {"micro_batch_size": 1})]
     runs += [Scenario("fsdp2-checkpointed", sharded, {"activation_memory": "full"})]
     runs += [
@@ -144,11 +147,30 @@ def test_in_fp32_too_but_for_the_order_of_sums(measured: Measured, name: str) ->
 
 
 def test_mixed_precision_is_the_same_computation_sharded_or_not(measured: Measured) -> None:
-    measured.same("fsdp2-bf16", "dp2-bf16", rel=1e-3)
+    measured.same("fsdp2-bf16", "dp2-bf16", rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama_hf", "gpt_neox"])
-@pytest.mark.parametrize("name", ["dp2", "fsdp2"])
+def test_bf16_weights_are_averaged_in_fp32_by_fsdp_where_nothing_is_shared_either(measured: Measured) -> None:
+    assert measured.ranks["dp2-stochastic"][0]["kind"].startswith("FSDP")
+    for one, two in zip(measured.points("dp2-stochastic"), measured.points("one-stochastic"), strict=True):
+        assert one["step"] == two["step"]
+        if "loss" in one:
+            assert one["loss"] == pytest.approx(two["loss"], rel=0.01)
+
+
+class Unsplittable(torch.nn.Module):
+    """A model that knows nothing of tensor parallelism."""
+
+
+def test_a_model_that_cannot_be_split_is_refused_by_name(tmp_path: Path) -> None:
+    config = training_config(parallel={"processes_per_node": 2, "tensor": 2})
+    ranks = replace(single_rank(tmp_path), mesh=Mesh(tensor=2))
+    with pytest.raises(UserError, match=r"training\.parallel\.tensor: 2, but Unsplittable .* use 1") as caught:
+        prepare(Unsplittable(), ranks, config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), TRANSFORMERS)
 def test_any_transformers_model_runs_on_the_same_loop(measured: Measured, name: str, kind: str) -> None:
     measured.same(f"{name}-{kind}", f"one-{kind}", rel=1e-9)
 
