@@ -13,7 +13,7 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig, layout_problem
 from modelmill.components.llama.functional import norm_linear, rms_norm, rotate_and_split, swiglu_linear
 from modelmill.components.training.attention_kernels import Attend, AttentionKernel, ScaledDotProduct
-from modelmill.components.training.collectives import TensorParallel, copy, gather_replicated, local
+from modelmill.components.training.collectives import RankGroup, TensorParallel, copy, gather_replicated, local
 from modelmill.components.training.initialize import init_normal
 from modelmill.components.training.loss import linear_cross_entropy
 from modelmill.components.training.mesh import Mesh
@@ -225,7 +225,7 @@ class LlamaDecoder(nn.Module):
             owner, _, name = path.rpartition(".")
             part = distribute_tensor(parameter, mesh.device_mesh["tensor"], [_placement(path)], src_data_rank=None)
             self.get_submodule(owner).register_parameter(name, nn.Parameter(part, parameter.requires_grad))
-        self.tensor = TensorParallel(group, sequence_parallel)
+        self.tensor = TensorParallel(RankGroup.of(group), sequence_parallel)
         for module in self.modules():
             if isinstance(module, RMSNorm | Attention | FeedForward):
                 module.tensor = self.tensor
@@ -262,9 +262,10 @@ class LlamaDecoder(nn.Module):
                 f"sequence_length: {length} tokens is more than the model's max_sequence_length"
                 f" {self.config.max_sequence_length}; shorten the sequences or raise max_sequence_length"
             )
-        if self.tensor is not None and self.tensor.sequence_parallel and length % self.tensor.size:
+        size = self.tensor.group.size if self.tensor is not None and self.tensor.sequence_parallel else 1
+        if length % size:
             raise UserError(
-                f"sequence_length: {length} tokens cannot be split over {self.tensor.size} tensor-parallel ranks;"
+                f"sequence_length: {length} tokens cannot be split over {size} tensor-parallel ranks;"
                 " use a multiple, or set training.parallel.sequence_parallel to false"
             )
         cos, sin = self.cos[:length], self.sin[:length]
@@ -280,7 +281,7 @@ class LlamaDecoder(nn.Module):
             return self.embedding(tokens)
         # Each rank looks up the tokens of its part of the vocabulary, and the sum is what all have found.
         weight = local(self.embedding.weight)
-        row = tokens - self.tensor.rank * weight.shape[0]
+        row = tokens - self.tensor.group.rank * weight.shape[0]
         elsewhere = (row < 0) | (row >= weight.shape[0])
         found = F.embedding(row.masked_fill(elsewhere, 0), weight)
         return self.tensor.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))

@@ -9,7 +9,7 @@ compiler can trace, and a checkpoint policy can name.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,25 @@ from torch.distributed.tensor import DTensor
 
 _SEQUENCE = 1  # of hidden states [B, T, D]
 _ops = torch.ops._c10d_functional
+
+
+class RankGroup(NamedTuple):
+    """Ranks that take part in a collective, described by plain values, which compilers take for constants.
+
+    Attributes:
+        name: of the process group, as torch knows it.
+        size: ranks in it.
+        rank: this rank's place among them.
+    """
+
+    name: str
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, group: ProcessGroup) -> RankGroup:
+        """Describe a process group that this rank belongs to."""
+        return cls(group.group_name, group.size(), group.rank())
 
 
 @dataclass(frozen=True)
@@ -33,18 +52,8 @@ class TensorParallel:
         sequence_parallel: whether they split the positions too.
     """
 
-    group: ProcessGroup
+    group: RankGroup
     sequence_parallel: bool
-
-    @property
-    def size(self) -> int:
-        """Ranks in the group."""
-        return self.group.size()
-
-    @property
-    def rank(self) -> int:
-        """This rank's place among them."""
-        return self.group.rank()
 
     def enter(self, hidden: Tensor) -> Tensor:
         """What matrices cut by rows read: [B, T / size, D] or [B, T, D] to [B, T, D], its gradient summed."""
@@ -66,22 +75,22 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def all_reduce(tensor: Tensor, group: ProcessGroup, operation: str = "sum") -> Tensor:
+def all_reduce(tensor: Tensor, group: RankGroup, operation: str = "sum") -> Tensor:
     """The sum (or "max") over the ranks, as a new tensor of the same shape; without a gradient."""
-    return _ops.wait_tensor(_ops.all_reduce(tensor.contiguous(), operation, group.group_name))
+    return _ops.wait_tensor(_ops.all_reduce(tensor.contiguous(), operation, group.name))
 
 
-def copy(tensor: Tensor, group: ProcessGroup) -> Tensor:
+def copy(tensor: Tensor, group: RankGroup) -> Tensor:
     """The tensor itself, the same on every rank; its gradient is summed over the ranks."""
     return _Copy.apply(tensor, group)
 
 
-def reduce(partial: Tensor, group: ProcessGroup) -> Tensor:
+def reduce(partial: Tensor, group: RankGroup) -> Tensor:
     """The sum over the ranks; every addend gets the whole gradient, which must be the same on every rank."""
     return _Reduce.apply(partial, group)
 
 
-def gather(part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def gather(part: Tensor, dim: int, group: RankGroup) -> Tensor:
     """The ranks' parts joined along `dim` in rank order, for use in ways that differ between the ranks.
 
     Args:
@@ -95,12 +104,12 @@ def gather(part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return _Gather.apply(part, dim, group)
 
 
-def gather_replicated(part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def gather_replicated(part: Tensor, dim: int, group: RankGroup) -> Tensor:
     """`gather` for what every rank goes on to use in the same way: the gradient, equal everywhere, is not summed."""
     return _GatherReplicated.apply(part, dim, group)
 
 
-def reduce_scatter(partial: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def reduce_scatter(partial: Tensor, dim: int, group: RankGroup) -> Tensor:
     """This rank's part along `dim` of the sum over the ranks.
 
     Args:
@@ -114,22 +123,22 @@ def reduce_scatter(partial: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return _ReduceScatter.apply(partial, dim, group)
 
 
-def _all_gather(part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    parts = _ops.wait_tensor(_ops.all_gather_into_tensor(part.contiguous(), group.size(), group.group_name))
+def _all_gather(part: Tensor, dim: int, group: RankGroup) -> Tensor:
+    parts = _ops.wait_tensor(_ops.all_gather_into_tensor(part.contiguous(), group.size, group.name))
     if dim == 0:
         return parts
     # The parts lie one after the other; joining them along `dim` is a copy, unless all dimensions before it are 1.
-    return parts.unflatten(0, (group.size(), -1)).movedim(0, dim).flatten(dim, dim + 1)
+    return parts.unflatten(0, (group.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
-def _reduce_scatter(whole: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    parts = whole.unflatten(dim, (group.size(), -1)).movedim(dim, 0).flatten(0, 1) if dim else whole
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(parts.contiguous(), "sum", group.size(), group.group_name))
+def _reduce_scatter(whole: Tensor, dim: int, group: RankGroup) -> Tensor:
+    parts = whole.unflatten(dim, (group.size, -1)).movedim(dim, 0).flatten(0, 1) if dim else whole
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(parts.contiguous(), "sum", group.size, group.name))
 
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: RankGroup) -> Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
@@ -141,7 +150,7 @@ class _Copy(torch.autograd.Function):
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, partial: Tensor, group: RankGroup) -> Tensor:
         return all_reduce(partial, group)
 
     @staticmethod
@@ -152,7 +161,7 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, part: Tensor, dim: int, group: RankGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _all_gather(part, dim, group)
 
@@ -164,19 +173,19 @@ class _Gather(torch.autograd.Function):
 
 class _GatherReplicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, part: Tensor, dim: int, group: RankGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _all_gather(part, dim, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
+        return grad.chunk(ctx.group.size, ctx.dim)[ctx.group.rank], None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, partial: Tensor, dim: int, group: RankGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _reduce_scatter(partial, dim, group)
 

@@ -11,9 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
-from modelmill.components.training.collectives import all_reduce
+from modelmill.components.training.collectives import RankGroup, all_reduce
 
 _CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 _MIN_CHUNK_TOKENS = 128
@@ -38,7 +37,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
     reduction: Literal["mean", "sum"] = "mean",
-    group: ProcessGroup | None = None,
+    group: RankGroup | None = None,
 ) -> Tensor:
     """`F.cross_entropy(hidden @ weight.T, targets)`, chunk by chunk.
 
@@ -110,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         mean: bool,
         dtype: torch.dtype,
         need: list[bool],
-        group: ProcessGroup | None = None,
+        group: RankGroup | None = None,
     ) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         rows, weight_narrow = hidden.shape[0], weight.to(dtype)
@@ -167,7 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None, None, None, None, None
 
 
-def _losses(logits: Tensor, targets: Tensor, keep_gradient: bool, group: ProcessGroup | None) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor, keep_gradient: bool, group: RankGroup | None) -> Tensor:
     """Per-row losses [n] of `logits` [n, V], which become the gradient of the sum of those losses.
 
     With a group, `logits` are this rank's [n, V / size], and two small sums over the ranks stand in for the rest.
@@ -184,8 +183,8 @@ def _losses(logits: Tensor, targets: Tensor, keep_gradient: bool, group: Process
     return (total.log() - picked).squeeze(1)
 
 
-def _shared_losses(logits: Tensor, targets: Tensor, keep_gradient: bool, group: ProcessGroup) -> Tensor:
-    column = targets.unsqueeze(1) - group.rank() * logits.shape[1]
+def _shared_losses(logits: Tensor, targets: Tensor, keep_gradient: bool, group: RankGroup) -> Tensor:
+    column = targets.unsqueeze(1) - group.rank * logits.shape[1]
     elsewhere = (column < 0) | (column >= logits.shape[1])
     column = column.masked_fill(elsewhere, 0)
     logits.sub_(all_reduce(logits.amax(1, keepdim=True), group, "max"))

@@ -22,14 +22,18 @@ from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.huggingface import export_huggingface, load_weights
 from modelmill.components.llama.model import LlamaDecoder
 from modelmill.components.training import activations, collectives, initialize
+from modelmill.components.training.attention_kernels import DocumentwiseFlash
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.documents import document_ids
 from modelmill.components.training.launch import TrainingResult
 from modelmill.components.training.layout import ParallelConfig
 from modelmill.components.training.loss import linear_cross_entropy
 from modelmill.components.training.mesh import Mesh
+from modelmill.components.training.options import MemoryBudget
 from modelmill.components.training.worker import RankContext, run_rank
 
 MODULE = "tests.components.llama.sharded"
+EOS = 0
 MODEL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -65,6 +69,11 @@ def sharded(
     decoder.to_empty(device="cpu")
     decoder.init_weights(5)
     return decoder
+
+
+def everyone() -> collectives.RankGroup:
+    assert dist.group.WORLD is not None
+    return collectives.RankGroup.of(dist.group.WORLD)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -141,6 +150,29 @@ def float32(ranks: RankContext) -> dict[str, dict[str, float]]:
     return {"sequence": compare(grid(2), True, False, dtype=torch.float32)}
 
 
+def masked(ranks: RankContext) -> dict[str, dict[str, float]]:
+    """Loss and gradients within documents, where every rank attends over whole rows with its own heads."""
+    tokens, targets = rows()
+    tokens[0, [2, 3, 7]] = tokens[1, 11] = EOS
+    documents = document_ids(tokens, EOS)
+    found = {}
+    for name, tensor, sequence_parallel, fsdp in (
+        ("tensor 2", 2, False, False),
+        ("tensor 2, sequence", 2, True, False),
+        ("tensor 2, sequence, fully sharded", 2, True, True),
+        ("tensor 4, sequence", 4, True, False),
+    ):
+        alone = LlamaDecoder(config(), dtype=torch.float64, seed=5)
+        split = sharded(config(), grid(tensor), sequence_parallel, fsdp=fsdp)
+        split.attention_kernel = DocumentwiseFlash()
+        loss, expected = split(tokens, targets, documents), alone(tokens, targets, documents)
+        loss.backward()
+        expected.backward()
+        changed = error(alone(tokens, targets), expected)
+        found[name] = {"loss": error(loss, expected), "gradients": worst(split, alone), "unmasked": changed}
+    return found
+
+
 def initial(ranks: RankContext) -> dict[str, bool]:
     """Whether parameters of every layout start as one process draws them, in blocks that the parts do not respect."""
     line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
@@ -180,8 +212,7 @@ def initial(ranks: RankContext) -> dict[str, bool]:
 def vocabulary_loss(ranks: RankContext) -> dict[str, dict[str, float]]:
     """The loss over a split vocabulary against torch's over the whole, in float64."""
     found = {}
-    group, size = dist.group.WORLD, ranks.world_size
-    assert group is not None
+    group, size = everyone(), ranks.world_size
     for reduction in ("mean", "sum"):
         for ignored in (0.0, 0.3):
             generator = torch.Generator().manual_seed(9)
@@ -212,8 +243,7 @@ def vocabulary_loss(ranks: RankContext) -> dict[str, dict[str, float]]:
 
 def adjoint(ranks: RankContext) -> dict[str, float]:
     """How far <A x, y> is from <x, A* y> summed over all ranks, for each collective A and its gradient A*."""
-    group, size = dist.group.WORLD, ranks.world_size
-    assert group is not None
+    group, size = everyone(), ranks.world_size
     forms: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], bool, bool]] = {
         # collective, shape of its input, whether input and output are the same on every rank
         "copy": (lambda x: collectives.copy(x, group), (2, 3), True, False),
@@ -292,10 +322,17 @@ def refusals(ranks: RankContext) -> dict[str, str]:
     return found
 
 
+def compiled(ranks: RankContext) -> dict[str, float]:
+    return compare(grid(2), True, False, activation_memory=MemoryBudget(budget=0.5))
+
+
+FAST = (parity, masked, float32, initial, vocabulary_loss, adjoint, export, refusals)
+SCENARIOS = (*FAST, compiled)
+
+
 def measure(ranks: RankContext, spec: dict[str, Any], training: TrainingConfig) -> TrainingResult:
-    """Every scenario, as every rank sees it."""
-    scenarios = (parity, float32, initial, vocabulary_loss, adjoint, export, refusals)
-    found = {scenario.__name__: scenario(ranks) for scenario in scenarios}
+    """The scenarios asked for, as every rank sees them."""
+    found = {scenario.__name__: scenario(ranks) for scenario in SCENARIOS if scenario.__name__ in spec["scenarios"]}
     every: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(every, found)
     return TrainingResult(metadata={"ranks": every})

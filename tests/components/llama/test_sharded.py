@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,18 @@ from tests.components.llama import sharded
 from tests.components.training.samples import make_tokenizer, make_tokens, pretrain_config, training_config
 
 
+def launch(scratch: Path, *scenarios: str) -> list[dict[str, Any]]:
+    """What each of four ranks found in each scenario."""
+    training = training_config(parallel={"processes_per_node": 4})
+    job = TrainingJob(sharded.MODULE, {"scenarios": scenarios}, training, scratch)
+    return LocalLauncher().launch(job).metadata["ranks"]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found in each scenario."""
-    training = training_config(parallel={"processes_per_node": 4})
-    job = TrainingJob(sharded.MODULE, {}, training, tmp_path_factory.mktemp("sharded"))
-    return LocalLauncher().launch(job).metadata["ranks"]
+    """The findings of one launch."""
+    names = (scenario.__name__ for scenario in sharded.FAST)
+    return launch(tmp_path_factory.mktemp("sharded"), *names)
 
 
 def test_logits_loss_and_every_gradient_equal_one_process(found: list[dict[str, Any]]) -> None:
@@ -34,6 +41,23 @@ def test_logits_loss_and_every_gradient_equal_one_process(found: list[dict[str, 
         for layout, errors in rank["parity"].items():
             assert len(errors) == (4 if layout == "fully sharded" else 5)
             assert all(error < 1e-10 for error in errors.values()), (layout, errors)
+
+
+def test_documents_are_masked_the_same_on_every_rank(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert len(rank["masked"]) == 4
+        for layout, errors in rank["masked"].items():
+            assert errors["loss"] < 1e-10, (layout, errors)
+            assert errors["gradients"] < 1e-10, (layout, errors)
+            assert errors["unmasked"] > 1e-3, (layout, errors)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here")
+def test_compiled_blocks_do_too(tmp_path: Path) -> None:
+    for rank in launch(tmp_path, "compiled"):
+        assert len(rank["compiled"]) == 5
+        assert all(error < 1e-10 for error in rank["compiled"].values()), rank["compiled"]
 
 
 def test_float32_does_too_to_its_rounding(found: list[dict[str, Any]]) -> None:
