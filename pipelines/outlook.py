@@ -223,6 +223,6 @@ def _measured_pace(recipe: Recipe, home: Home, assumptions: list[str]) -> float 
 def _pace(values: dict[str, Any]) -> tuple[Any, ...]:
     """What decides how fast a token is trained, besides the machine."""
     training = values["training"]
-    fields = ("parallel", "micro_batch_size", "global_batch_size", "precision", "accelerator", "deterministic")
-    fields += ("attention", "document_masking")
-    return (*(values[name] for name in _DEPENDENT), *(training[name] for name in fields))
+    batch = ("parallel", "micro_batch_size", "global_batch_size")
+    arithmetic = ("precision", "accelerator", "deterministic", "attention", "document_masking")
+    return (*(values[name] for name in _DEPENDENT), *(training[name] for name in (*batch, *arithmetic)))

@@ -241,3 +241,8 @@ def test_gradient_errors_are_seen() -> None:
     found = attention_measures._errors(attend, inputs, exact_row(case, inputs))
     assert found["max_error"] < 1e-6
     assert found["max_gradient_error"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_recipe_needs_no_torch() -> None:
+    code = "import sys, modelmill.pipelines.recipes.attention_benchmark; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
