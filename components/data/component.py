@@ -35,3 +35,18 @@ def pack_tokens(
     from modelmill.components.data.packing import pack_tokens as step
 
     run_step(step, section, {"corpus": corpus.path, "tokenizer": tokenizer.path}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def prepare_instructions(
+    section: str,
+    tokenizer: dsl.Input[dsl.Artifact],
+    manifest: dsl.Output[dsl.Dataset],
+    corpus: dsl.Input[dsl.Dataset] = None,
+) -> None:
+    """Check, split and pack conversations with loss masks; with a corpus, test questions are what it held out."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.data.instructions import prepare_instructions as step
+
+    inputs = {"tokenizer": tokenizer.path} | ({"corpus": corpus.path} if corpus else {})
+    run_step(step, section, inputs, {"manifest": manifest.path})

@@ -138,3 +138,15 @@ def fingerprint_tokenizer(path: str) -> str:
     """State of a tokenizer's files; see `tokenizer_path` for the errors."""
     place = tokenizer_path(path)
     return folder_state(place) if place.is_dir() else state([(place.name, place)])
+
+
+def template_path(path: str) -> Path:
+    """Path of a chat template's file.
+
+    Raises:
+        UserError: it does not exist or is no file.
+    """
+    place = local_path(path, parameter="instructions.template.path")
+    if not place.is_file():
+        raise UserError(f"instructions.template.path: {path} is not a file; give the file of a Jinja template")
+    return place

@@ -66,8 +66,8 @@ class BatchSource:
             chosen[inside] = self._permutation(int(epoch))(positions[inside])
         return chosen
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """A rank's share of a step's global batch: int64 [global_batch_size / world, sequence_length + 1].
+    def indices_of(self, step: int, rank: int, world: int) -> np.ndarray:
+        """Row numbers of a rank's share of a step's global batch: int64 [global_batch_size / world].
 
         Ranks hold consecutive parts: joined in rank order they are the same batch for every world size.
 
@@ -79,4 +79,12 @@ class BatchSource:
         if not 0 <= rank < world:
             raise ValueError(f"rank: {rank} is outside 0..{world - 1}")
         share = self.global_batch_size // world
-        return self._rows[self.indices(step)[rank * share : (rank + 1) * share]].astype(np.int64)
+        return self.indices(step)[rank * share : (rank + 1) * share]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """A rank's share of a step's global batch: int64 [global_batch_size / world, sequence_length + 1].
+
+        Raises:
+            ValueError: see `indices_of`.
+        """
+        return self._rows[self.indices_of(step, rank, world)].astype(np.int64)
