@@ -171,6 +171,21 @@ def test_flex_attention_computes_attention(masked: bool, kv_heads: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
+def test_flex_attention_is_compiled_once_for_all_documents() -> None:
+    """As on a GPU, but forward only and through the C++ compiler."""
+    from torch._dynamo.utils import counters
+
+    compiled, graphs = attention_kernels._compiled_flex(), []
+    for seed in range(3):
+        documents = (torch.rand(1, 200, generator=torch.Generator().manual_seed(seed)) < 0.03).cumsum(1)
+        tensors = [tensor.detach() for tensor in inputs(2, torch.float32, rows=1, length=200)]
+        found = compiled(*tensors, block_mask=document_blocks(documents), enable_gqa=True)
+        torch.testing.assert_close(found, written_out(*tensors, visible_pairs(documents)), rtol=1e-5, atol=1e-5)  # type: ignore[call-arg]
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1]
+
+
 def varlen_stand_in(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
     """What a kernel for sequences laid end to end computes, one sequence after the other."""
     output = torch.full_like(query, torch.nan)
