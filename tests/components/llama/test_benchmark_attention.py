@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +215,9 @@ def test_incoherent_processing_lowers_the_error_where_there_are_outliers() -> No
 @pytest.mark.slow
 def test_laptop_recipe_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "modelmill.pipelines.cli", "run", "laptop/attention-benchmark"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MODELMILL_", "MLFLOW_"))}
+    environment = {**inherited, "MODELMILL_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "benchmark_attention.incoherence_error_ratio" in done.stdout
 
