@@ -53,7 +53,7 @@ def norm_linear(hidden: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
     Returns:
         [..., O].
     """
-    if _fusible(hidden, linear) and not _has_hooks(norm) and hidden.device.type == "cpu":
+    if _fusible(hidden, linear) and not has_hooks(norm) and hidden.device.type == "cpu":
         return _NormLinear.apply(hidden, norm.weight, norm.eps, linear.weight)
     return linear(norm(hidden))
 
@@ -85,7 +85,8 @@ def _gate_and_up(gate_up: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see calls of the module, so that it must be called."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -95,7 +96,7 @@ def _fusible(inputs: Tensor, linear: nn.Module) -> bool:
     return (
         type(linear) is nn.Linear
         and linear.bias is None
-        and not _has_hooks(linear)
+        and not has_hooks(linear)
         and inputs.dtype == linear.weight.dtype
         and inputs.dtype in _WIDE
         and not torch.is_autocast_enabled(inputs.device.type)

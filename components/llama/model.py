@@ -11,9 +11,16 @@ from torch.nn import functional as F
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig, layout_problem
-from modelmill.components.llama.functional import norm_linear, rms_norm, rotate_and_split, swiglu_linear
+from modelmill.components.llama.functional import has_hooks, norm_linear, rms_norm, rotate_and_split, swiglu_linear
 from modelmill.components.training.attention_kernels import Attend, AttentionKernel, ScaledDotProduct
-from modelmill.components.training.collectives import RankGroup, TensorParallel, copy, gather_replicated, local
+from modelmill.components.training.collectives import (
+    RankGroup,
+    TensorParallel,
+    copy,
+    gather_linear,
+    gather_replicated,
+    local,
+)
 from modelmill.components.training.initialize import init_normal
 from modelmill.components.training.loss import linear_cross_entropy
 from modelmill.components.training.mesh import Mesh
@@ -91,7 +98,11 @@ class FeedForward(nn.Module):
 
 def _project(hidden: Tensor, norm: RMSNorm, linear: nn.Linear, tensor: TensorParallel | None) -> Tensor:
     """`linear(norm(hidden))`, of the whole sequence whatever part of it each rank holds."""
-    return norm_linear(hidden, norm, linear) if tensor is None else linear(tensor.enter(norm(hidden)))
+    if tensor is None:
+        return norm_linear(hidden, norm, linear)
+    if tensor.sequence_parallel and type(linear) is ShardedLinear and not has_hooks(linear):
+        return gather_linear(norm(hidden), local(linear.weight), tensor.group)
+    return linear(tensor.enter(norm(hidden)))
 
 
 class DecoderLayer(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 _SEQUENCE = 1  # of hidden states [B, T, D]
 _ops = torch.ops._c10d_functional
@@ -123,8 +124,40 @@ def reduce_scatter(partial: Tensor, dim: int, group: RankGroup) -> Tensor:
     return _ReduceScatter.apply(partial, dim, group)
 
 
+def gather_linear(part: Tensor, weight: Tensor, group: RankGroup) -> Tensor:
+    """`F.linear(gather(part, 1, group), weight)`, of which only the part is kept for the backward pass.
+
+    That gathers it a second time, beside its first product (Korthikanti et al. 2022, section 4.2.2): the gathered
+    inputs of a layer's projections would take as much memory as all that it keeps otherwise. Under autocast the
+    ranks exchange the narrow type.
+
+    Args:
+        part: [B, T / size, D], this rank's positions.
+        weight: [O, D], this rank's rows.
+        group: the ranks.
+
+    Returns:
+        [B, T, O].
+    """
+    device = part.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        part, weight = part.to(dtype), weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _GatherLinear.apply(part, weight, group)
+
+
 def _all_gather(part: Tensor, dim: int, group: RankGroup) -> Tensor:
-    parts = _ops.wait_tensor(_ops.all_gather_into_tensor(part.contiguous(), group.size, group.name))
+    return _joined(_start_gather(part, group), dim, group)
+
+
+def _start_gather(part: Tensor, group: RankGroup) -> Tensor:
+    """Parts on their way, to be used after `_joined` only."""
+    return _ops.all_gather_into_tensor(part.contiguous(), group.size, group.name)
+
+
+def _joined(parts: Tensor, dim: int, group: RankGroup) -> Tensor:
+    parts = _ops.wait_tensor(parts)
     if dim == 0:
         return parts
     # The parts lie one after the other; joining them along `dim` is a copy, unless all dimensions before it are 1.
@@ -181,6 +214,27 @@ class _GatherReplicated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.chunk(ctx.group.size, ctx.dim)[ctx.group.rank], None, None
+
+
+class _GatherLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, weight: Tensor, group: RankGroup) -> Tensor:
+        ctx.save_for_backward(part, weight)
+        ctx.group = group
+        return F.linear(_all_gather(part, _SEQUENCE, group), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        part, weight = ctx.saved_tensors
+        grad_part = grad_weight = None
+        parts = _start_gather(part, ctx.group) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[0]:
+            grad_part = _reduce_scatter(grad @ weight, _SEQUENCE, ctx.group)
+        if parts is not None:
+            whole = _joined(parts, _SEQUENCE, ctx.group)
+            grad_weight = grad.flatten(0, -2).t() @ whole.flatten(0, -2)
+        return grad_part, grad_weight, None
 
 
 class _ReduceScatter(torch.autograd.Function):

@@ -114,7 +114,14 @@ def compare(mesh: Mesh, sequence_parallel: bool, tied: bool, **options: Any) -> 
     activations.apply(split, mode)
     tokens, targets = rows()
     found = {}
-    loss, expected = split(tokens, targets), alone(tokens, targets)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        loss = split(tokens, targets)
+    expected = alone(tokens, targets)
+    if sequence_parallel:  # no rank may keep the hidden states of all positions
+        assert not [tensor.shape for tensor in saved if tensor.numel() == tokens.numel() * model.hidden_size]
     found["loss"] = error(loss, expected)
     loss.backward()
     expected.backward()
