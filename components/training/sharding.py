@@ -12,14 +12,12 @@ Gradients are averaged over the data-parallel degree; ranks of one tensor group 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modelmill.components.training.blocks import blocks
@@ -94,34 +92,6 @@ def replicate(model: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {buffers: False}
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-@torch.no_grad()
-def gather(model: Model, build: Callable[[], Model], wanted: bool) -> Model | None:
-    """A model in one piece, for export; called by all ranks together.
-
-    Args:
-        model: on any layout.
-        build: makes the same model, undistributed, with memory for its parameters but no need of values.
-        wanted: whether this rank is one that gets it.
-
-    Returns:
-        The model itself where nothing is distributed; else what `build` made, with the parameters filled in one
-        after another, so that a device never holds more than one of them whole. Buffers are not copied. None on the
-        ranks that do not want it.
-    """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model if wanted else None
-    whole = build() if wanted else None
-    targets = dict(whole.named_parameters()) if whole is not None else {}
-    for name, parameter in model.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if wanted:
-            targets[name].copy_(full)
-    return whole
 
 
 def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
