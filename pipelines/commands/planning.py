@@ -22,7 +22,7 @@ _MEANING = {
     "reuse": "its output exists",
     "resume": "goes on from its last checkpoint",
     "run": "",
-    "always": "has a side effect, so it runs every time",
+    "always": "runs every time, for what it does or measures",
 }
 
 
