@@ -2,8 +2,8 @@
 
 Chat templates are Jinja, rendered by transformers in its sandbox: a template comes with a download and is not trusted.
 A template that marks the assistant's part with `{% generation %}` says itself what is learnt. Of any other the text
-before and after each of the assistant's turns is compared: what a turn adds to the text behind the generation prompt
-is what the model has to write, end-of-turn token included and line ends behind it not.
+before and after each of the assistant's turns is compared: what a turn adds to the text behind the generation prompt,
+up to its end-of-turn token and the line end behind it, is what the model has to write.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class ChatTemplate:
             before, after = self._written(messages[:number], False), self._written(messages[: number + 1], False)
             start, end = self._turn(messages[:number], message, before, after)
             if not text.startswith(after):  # the template writes a turn differently once others follow it
-                start, end = self._moved(text, after, (len(before), start, end), spans[-1][1] if spans else 0, number)
+                start, end = self._moved(text, after, (len(before), start, end), spans[-1][1] if spans else 0, message)
             spans.append((start, end))
         return Rendered(text, tuple(spans))
 
@@ -221,34 +221,44 @@ class ChatTemplate:
             start = len(prompted)
         elif after.startswith(before):
             # The generation prompt goes further than the turn does (DeepSeek-R1 adds <think>): what they share.
-            content = after.find(answer.content.strip(), len(before))
+            shared = _common_length(prompted, after)
+            opened = [match.end() for match in self._tokenizer.special_pattern.finditer(after, len(before), shared)]
+            content = after.find(answer.content.strip(), opened[-1] if opened else len(before))
             if content < 0:
                 what = f"turn {len(prior) + 1} is not in the text as it is: the chat template changes or drops it"
                 raise BadRecord("content_lost", f"{what} ({answer.content[:40]!r})")
-            start = min(_common_length(prompted, after), content)
+            start = min(shared, content)
         else:
-            raise BadRecord("template", f"cannot be masked: turn {len(prior) + 1} changes the text before it; "
-                            "give a template with {% generation %}")  # fmt: skip
-        turn = after[start:]
-        special = [match.end() for match in self._tokenizer.special_pattern.finditer(turn)]
-        end = special[-1] if special and not turn[special[-1] :].strip() else len(turn.rstrip()) or len(turn)
-        return start, start + end
+            problem = f"cannot be masked: turn {len(prior) + 1} changes the text before it"
+            raise BadRecord("template", f"{problem}; give a template with {{% generation %}}")
+        return start, len(after)
 
-    def _moved(self, text: str, after: str, turn: tuple[int, int, int], cursor: int, number: int) -> tuple[int, int]:
+    def _moved(
+        self, text: str, after: str, turn: tuple[int, int, int], cursor: int, answer: Message
+    ) -> tuple[int, int]:
         """The place in the whole text of a turn known from the text in which it stands last.
 
-        Found by its header and its end-of-turn token, which a message cannot spell (`TokenizerFiles.check`).
+        It is where its header comes next, its content follows and then one of its own special tokens: messages cannot
+        spell these (`TokenizerFiles.check`), so nothing else looks like it.
         """
         begin, start, end = turn
-        before = [match.start() for match in self._tokenizer.special_pattern.finditer(after[:start])]
-        endings = [match.group() for match in self._tokenizer.special_pattern.finditer(after[start:end])]
-        if before and endings:
-            header = after[min(begin, before[-1]) : start]
-            place = text.find(header, cursor)
-            stop = text.find(endings[-1], place + len(header)) if place >= 0 else -1
-            if stop >= 0:
-                return place + len(header), stop + len(endings[-1])
-        problem = f"cannot be masked: turn {number + 1} is written differently when others follow"
+        pattern, content = self._tokenizer.special_pattern, answer.content.strip()
+        opened = [match.span() for match in pattern.finditer(after[:start])]
+        own = set(pattern.findall(after[start:end]))
+        if opened:
+            begin = min(begin, opened[-1][0])
+            header = after[begin:start]
+            line = header.find("\n", opened[-1][1] - begin)
+            shared = header[: line + 1] if line >= 0 else header  # what follows may be for the last turn only
+            place = text.find(shared, cursor)
+            first = place + len(header if text.startswith(header, max(place, 0)) else shared)
+            said = text.find(content, first) if place >= 0 else -1
+            rest = text[said + len(content) :] if said >= 0 else ""
+            closing = pattern.match(rest, len(rest) - len(rest.lstrip()))
+            if closing and closing.group() in own and own.issuperset(pattern.findall(text[first:said])):
+                stop, blank = said + len(content) + closing.end(), after[len(after.rstrip()) :]
+                return first, stop + len(blank) * text.startswith(blank, stop)
+        problem = f"cannot be masked: the turn {content[:40]!r} is written differently when others follow"
         raise BadRecord("template", f"{problem}; give a template with {{% generation %}}")
 
 

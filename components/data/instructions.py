@@ -181,12 +181,8 @@ class _Collector:
             self.dropped["unlearnt"] += 1
             return
         self.truncated += cut
-        self.unended += not cut and not self._is_special(int(tokens[np.flatnonzero(mask)[-1]]))
+        self.unended += not cut and not self._tokenizer.ends_specially(entry.text)
         self._splits[entry.split].append(entry, tokens, mask)
-
-    def _is_special(self, number: int) -> bool:
-        text = self._tokenizer.encoder.id_to_token(number)
-        return text is not None and self._tokenizer.special_pattern.fullmatch(text) is not None
 
 
 def prepare_instructions(

@@ -58,6 +58,11 @@ class TokenizerFiles:
         """Id of a token, or None where there is none."""
         return None if token is None else self.encoder.token_to_id(token)
 
+    def ends_specially(self, text: str) -> bool:
+        """Whether a text ends in a special token, blanks behind it aside."""
+        ends = [match.end() for match in self.special_pattern.finditer(text)]
+        return bool(ends) and not text[ends[-1] :].strip()
+
     def check(self, messages: Sequence[Message]) -> None:
         """Refuse messages that spell a special token: the text would be read as the template's own.
 
@@ -124,18 +129,27 @@ def _load(folder: Path) -> TokenizerFiles:
 def span_mask(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     """Which tokens hold a character of the spans: bool [tokens].
 
-    The same tokens as transformers' `return_assistant_tokens_mask`, which goes from the token of a span's first
-    character to that of its last. Characters that no token holds (a tokenizer may drop blanks) are passed over.
+    All tokens from the one with a span's first character to the last one with its last. As transformers'
+    `return_assistant_tokens_mask` has it, which however gives up where offsets leave blanks out, and leaves out all
+    but the first token of a last character that takes several.
     """
     mask = np.zeros(len(encoding), bool)
     for start, end in spans:
         first = last = None
-        while first is None and start < end:
-            first = encoding.char_to_token(start)
-            start += 1
-        while last is None and end > start - 1:
-            end -= 1
-            last = encoding.char_to_token(end)
-        if first is not None and last is not None:
-            mask[first : last + 1] = True
+        for position in range(start, end):  # a tokenizer may drop characters, such as blanks
+            first = encoding.char_to_token(position)
+            if first is not None:
+                break
+        for position in range(end - 1, start - 1, -1):
+            last = encoding.char_to_token(position)
+            if last is not None:
+                break
+        if first is None or last is None:
+            continue
+        mask[first : last + 1] = True
+        for token in range(last + 1, len(encoding)):  # a character of several tokens is found by its first
+            begin, _ = encoding.token_to_chars(token) or (end, end)
+            if begin >= end:
+                break
+            mask[token] = True
     return mask
