@@ -59,8 +59,8 @@ class Run:
         self.loop.objective = lambda model, rows: distort(self.loop, model(rows[:, :-1], rows[:, 1:]), model)
         train_step = self.loop._train_step
 
-        def watched(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            result = train_step(rows)
+        def watched(*batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            result = train_step(*batch)
             self.states[self.loop.progress.step] = self.state()
             return result
 
@@ -330,10 +330,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     step = TrainingLoop._train_step
 
-    def guarded(loop: TrainingLoop, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def guarded(loop: TrainingLoop, *batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         inside.append(True)
         with NoHostReads():
-            result = step(loop, rows)
+            result = step(loop, *batch)
         inside.clear()
         return result
 
