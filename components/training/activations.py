@@ -9,7 +9,9 @@ a compiled block (`MemoryBudget`) orders its sums differently.
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -125,8 +127,9 @@ class _Budgeted:
 
 def _refuse_without_compiler(found: Sequence[nn.Module]) -> None:
     on_cpu = all(parameter.device.type in ("cpu", "meta") for block in found for parameter in block.parameters())
-    if on_cpu and not torch.accelerator.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as inductor chooses it
+    if on_cpu and not torch.accelerator.is_available() and not shutil.which(compiler):
         raise UserError(
-            "training.activation_memory: a budget compiles the blocks and this machine has no C++ compiler;"
-            " install g++ or use selective"
+            f"training.activation_memory: a budget compiles the blocks and there is no C++ compiler {compiler!r} on"
+            " this machine; install it, name another one in CXX, or use selective"
         )

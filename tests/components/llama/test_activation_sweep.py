@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +157,15 @@ def test_a_wrong_recipe_is_answered_in_one_line(override: str, words: list[str])
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.slow
+def test_the_laptop_recipe_runs_from_the_command_line(tmp_path: Path) -> None:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MODELMILL_", "MLFLOW_", "OMP_"))}
+    command = [sys.executable, "-m", "modelmill.pipelines.cli", "run", "laptop/activation-sweep"]
+    environment = {**inherited, "MODELMILL_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for mode in ("none", "selective", "selective_matmul", "every_2_layers", "full"):
+        assert f"activation_sweep.{mode}_saved_bytes" in done.stdout
+    assert "report.html" in done.stdout

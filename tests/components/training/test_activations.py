@@ -270,8 +270,9 @@ def test_a_budget_is_refused_with_tensor_parallelism() -> None:
 
 def test_a_budget_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "c++-of-nobody")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"training\.activation_memory: .* no C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"training\.activation_memory: .* no C\+\+ compiler 'c\+\+-of-nobody'"):
         activations.apply(decoder(), MemoryBudget(budget=0.5))
 
 
