@@ -1,7 +1,7 @@
 """Checkpoints: model, optimizer, random state and the place in the data, committed by one rename.
 
     step-00000120/
-        model-<rank>.safetensors       parts of parameters and persistent buffers by name
+        model-<rank>.safetensors       parts of parameters and persistent buffers by name; no frozen parameters
         optimizer-<rank>.safetensors   parts of "<parameter>/<state>" for each state tensor, scalars on rank 0
         random.safetensors             "<device type>.<rank>" generator states
         checkpoint.json                written last: step, tokens, digests and sizes of the files above, and which
@@ -297,9 +297,9 @@ def _problem(folder: Path, rank: int, world_size: int) -> str | None:
 
 
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (a tied one once) and persistent buffers by name."""
+    """Parameters that are trained (a tied one once) and persistent buffers by name."""
     persistent = model.state_dict(keep_vars=True)
-    yield from model.named_parameters()
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield name, buffer

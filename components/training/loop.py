@@ -30,16 +30,19 @@ from modelmill.components.training.feed import Batches, Feed
 from modelmill.components.training.gradients import global_norm, scale_to_norm
 from modelmill.components.training.journal import Journal
 from modelmill.components.training.monitor import Findings, StabilityMonitor
-from modelmill.components.training.optimizer import make_optimizer, set_found_inf, start_step
+from modelmill.components.training.optimizer import RateScale, make_optimizer, set_found_inf, start_step
 from modelmill.components.training.precision import autocast
 from modelmill.components.training.schedule import learning_rate
 from modelmill.components.training.sharding import gradient_sync, replicate
 from modelmill.components.training.worker import RankContext, StopRequestedError
 
 Objective = Callable[[nn.Module, Tensor], Tensor]
-"""Model and micro-batch [b, T + 1] of int64 tokens on the device to the mean loss over its targets, a scalar.
+"""Model and micro-batch of int64 rows [b, ...] on the device to a scalar.
 
-Every micro-batch weighs the same, so each must hold the same number of targets.
+Of rows [b, T + 1] of tokens, which all hold as many targets: the mean loss over the micro-batch's targets. Of
+`WeightedBatches`: the sum over them, which the loop divides by the targets of the whole global batch, so that every
+target weighs the same on however many ranks and in whichever micro-batch it is. Without a target that sum is 0, with
+gradients of 0.
 """
 
 
@@ -48,12 +51,14 @@ class TrainingData:
     """What a run reads.
 
     Attributes:
-        batches: the training split.
-        validation: rows [R, T + 1] of the validation split, the same on every rank; may be empty.
+        batches: the training split; `WeightedBatches` are summed up, see `Objective`.
+        validation: rows [R, ...] of the validation split, the same on every rank; may be empty.
+        validation_targets: targets of each of those rows, [R], for `WeightedBatches`.
     """
 
     batches: Batches
     validation: np.ndarray
+    validation_targets: np.ndarray | None = None
 
 
 class TrainingLoop:
@@ -71,6 +76,7 @@ class TrainingLoop:
         journal: Journal,
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
+        rate_scale: RateScale | None = None,
     ) -> None:
         """
         Args:
@@ -83,11 +89,12 @@ class TrainingLoop:
             journal: where points go.
             flops_per_token: floating-point operations of forward and backward for one token.
             peak_flops: dense peak of one device in the run's precision, None when it is not known.
+            rate_scale: for parameters that learn at another rate than the schedule's.
         """
         self.model, self.objective, self.data, self.config, self.ranks = model, objective, data, config, ranks
         self.checkpoints, self.journal = checkpoints, journal
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.optimizer = make_optimizer(model, config)
+        self.optimizer = make_optimizer(model, config, rate_scale)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.wrapped = replicate(model, ranks.mesh, ranks.device)
         self.progress = Progress()
@@ -126,22 +133,27 @@ class TrainingLoop:
         with Feed(self.data.batches, self.ranks, range(start, start + left)) as feed:
             while self.progress.step < self.config.steps:
                 with self.clock.on("data"):
-                    rows = next(feed)
-                loss, norm = self._train_step(rows)
+                    rows, targets = next(feed)
+                loss, norm = self._train_step(rows, targets)
                 if self._after_step(loss, norm):
                     return
 
-    def _train_step(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step on this rank's rows [b, T + 1]; returns its loss (this rank's mean) and gradient norm."""
+    def _train_step(self, rows: Tensor, targets: int | None) -> tuple[Tensor, Tensor]:
+        """One optimizer step on this rank's rows [b, ...]; returns the loss and the norm of the gradient.
+
+        The loss is this rank's part: its mean over the data-parallel ranks is that of the global batch.
+        """
         config, step = self.config, self.progress.step
         rows = rows.to(self.ranks.device, non_blocking=True)
         micro_batches = rows.split(config.micro_batch_size)
+        # Gradients are averaged over the data-parallel ranks, sums of losses as well: that takes the degree out again.
+        divisor = len(micro_batches) if targets is None else targets / self.ranks.data_degree
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for index, micro_batch in enumerate(micro_batches):
             with gradient_sync(self.wrapped, index == len(micro_batches) - 1):
                 with self._autocast():
-                    loss = self.objective(self.wrapped, micro_batch) / len(micro_batches)
+                    loss = self.objective(self.wrapped, micro_batch) / divisor
                 losses.append(loss.detach())
                 # 1 while all losses are finite, else nan: it makes the whole gradient nan, and averaging that tells
                 # every other rank. So the norm alone says whether the step counts, the same on all ranks.
@@ -155,7 +167,7 @@ class TrainingLoop:
         mean_loss = None if config.stability.loss_spike is None else self._mean(total)
         set_found_inf(self.optimizer, self.monitor.observe(step + 1, norm, mean_loss))
         self.optimizer.step()
-        tokens = config.global_batch_size * (rows.shape[1] - 1)
+        tokens = config.global_batch_size * (rows.shape[1] - 1) if targets is None else targets
         self.progress = replace(self.progress, step=step + 1, tokens=self.progress.tokens + tokens)
         return total, norm
 
@@ -200,16 +212,17 @@ class TrainingLoop:
         self.journal.trained(record, self._speed(tokens, seconds))
 
     def _validate(self) -> None:
-        """Mean loss over the validation rows, each read by one rank (of one tensor group)."""
+        """Mean loss over the targets of the validation rows, each read by one rank (of one tensor group)."""
         config, ranks = self.config, self.ranks
-        rows = self.data.validation[: config.validation_rows]
+        rows, weights = self.data.validation[: config.validation_rows], self.data.validation_targets
         if not len(rows):
             return
         ranks.accelerator.synchronize()
         with self.clock.on("validation"), torch.no_grad():
             self.model.eval()
             sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-            mine, size = rows[ranks.data_rank :: ranks.data_degree], config.micro_batch_size
+            share, size = slice(ranks.data_rank, None, ranks.data_degree), config.micro_batch_size
+            mine, held = rows[share], None if weights is None else weights[: len(rows)][share]
             # As many forward passes on every rank, since a sharded model gathers its weights in each: a rank that
             # has run out of rows sends another's through and counts them as none.
             for start in range(0, -(-len(rows) // ranks.data_degree), size):
@@ -217,8 +230,12 @@ class TrainingLoop:
                 tokens = torch.from_numpy(np.ascontiguousarray(part if len(part) else rows[:1], np.int64))
                 with self._autocast():
                     loss = self.objective(self.model, tokens.to(ranks.device))
-                sums[0] += loss.double() * len(part)
-                sums[1] += len(part)
+                if held is None:
+                    sums[0] += loss.double() * len(part)
+                    sums[1] += len(part)
+                elif len(part):
+                    sums[0] += loss.double()
+                    sums[1] += int(held[start : start + size].sum())
             if ranks.world_size > 1:
                 dist.all_reduce(sums)  # a tensor group's ranks add the same to both sums, which their ratio undoes
             self.model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.precision import precision_policy
 
 _FUSED = {"cpu", "cuda"}  # kinds of device for which torch has one kernel for the whole update
+RateScale = Callable[[str], float]
+"""A parameter's name to what the step's learning rate is multiplied by for it."""
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: TrainingConfig, rate_scale: RateScale | None = None
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for a model and a precision.
 
     torch's own, fused, for fp32 weights and moments where the device has the kernel; otherwise ours, which rounds
@@ -24,9 +29,10 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     Args:
         model: its parameters already distributed and on their device.
         config: rate, betas, eps, decay, precision and state.
+        rate_scale: for parameters that learn at another rate; default, all at the same.
     """
     policy = precision_policy(config.precision)
-    groups = decay_groups(model, config)
+    groups = decay_groups(model, config, rate_scale)
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     options["weight_decay"] = config.weight_decay
     kinds = {parameter.device.type for parameter in model.parameters()}
@@ -41,7 +47,9 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     )
 
 
-def decay_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+def decay_groups(
+    model: nn.Module, config: TrainingConfig, rate_scale: RateScale | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups with and without weight decay, in the form optimizers take; each parameter once, if trained.
 
     Matrices are decayed, the embedding and the head among them: GPT-3 (arXiv:2005.14165) and Llama do so, and the
@@ -54,7 +62,7 @@ def decay_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any
     """
     groups: dict[Any, dict[str, Any]] = {}
     seen: set[nn.Parameter] = set()
-    for module in model.modules():
+    for path, module in model.named_modules():
         is_norm = "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in seen or not parameter.requires_grad:
@@ -62,8 +70,10 @@ def decay_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any
             seen.add(parameter)
             spared = parameter.dim() < 2 or is_norm or name.endswith("bias")
             decay = 0.0 if spared and not config.decay_norm_weights else config.weight_decay
-            kind = (decay > 0, getattr(parameter, "device_mesh", None))
-            groups.setdefault(kind, {"params": [], "weight_decay": decay})["params"].append(parameter)
+            scale = 1.0 if rate_scale is None else rate_scale(f"{path}.{name}" if path else name)
+            kind = (decay > 0, scale, getattr(parameter, "device_mesh", None))
+            group = groups.setdefault(kind, {"params": [], "weight_decay": decay, "rate_scale": scale})
+            group["params"].append(parameter)
     return list(groups.values())
 
 
@@ -76,7 +86,7 @@ def start_step(optimizer: torch.optim.Optimizer, step: int, rate: float) -> None
         rate: learning rate.
     """
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_scale", 1.0)
     if isinstance(optimizer, AdamW):
         optimizer.steps = step
 

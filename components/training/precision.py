@@ -64,8 +64,8 @@ def autocast(precision: Precision, device_type: str) -> AbstractContextManager[A
 def set_precision(model: nn.Module, precision: Precision, tensor: int = 1) -> None:
     """Make a model's parameters and layers those of a precision, in place.
 
-    fp32 changes nothing, so that a model built in float64 stays so. The others cast floating-point parameters; buffers
-    (rotary tables, running statistics) keep their dtype.
+    fp32 changes nothing, so that a model built in float64 stays so. The others cast floating-point parameters that are
+    trained; frozen ones, which take no small updates, and buffers (rotary tables, running statistics) keep their dtype.
 
     Args:
         model: before it is sharded or given to an optimizer; any device, meta too.
@@ -79,7 +79,7 @@ def set_precision(model: nn.Module, precision: Precision, tensor: int = 1) -> No
     if precision == "fp32":
         return
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter.requires_grad:
             parameter.data = parameter.data.to(policy.weights)
     if policy.float8:
         convert_linears(model, tensor)
