@@ -25,12 +25,10 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.training.blocks import blocks
 from modelmill.components.training.options import ActivationMemory, EveryNLayers, MemoryBudget
 
-MATMULS = frozenset({"aten::mm", "aten::bmm", "aten::addmm"})
-"""What `selective_matmul` keeps, by the names of operators."""
+MATMULS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::_scaled_mm", "aten::_grouped_mm"})
+"""What `selective_matmul` keeps, by the names of operators: matrix products, in fp8 too."""
 
 COMPUTE_HEAVY = MATMULS | {
-    "aten::_scaled_mm",
-    "aten::_grouped_mm",
     "aten::convolution",
     "aten::convolution_backward",
     "aten::upsample_bilinear2d",

@@ -28,6 +28,7 @@ from modelmill.components.training import activations
 from modelmill.components.training.blocks import blocks
 from modelmill.components.training.memory_tracker import saved_for_backward, track
 from modelmill.components.training.options import ActivationMemory, EveryNLayers, MemoryBudget, activation_label
+from modelmill.components.training.precision import set_precision
 from tests.components.training.samples import training_config
 
 EAGER: list[ActivationMemory] = ["full", "selective", "selective_matmul", EveryNLayers(every_n_layers=2)]
@@ -139,6 +140,20 @@ def test_what_runs_again(precision: str) -> None:
     for pointwise in ("mul", "silu", "linalg_vector_norm", "rsqrt_"):
         assert none.counts[pointwise] < selective.counts[pointwise] == full.counts[pointwise], pointwise
     assert second.matmuls - none.matmuls == products * 2  # blocks 0 and 2 of three
+
+
+@pytest.mark.parametrize("mode", ["selective", "selective_matmul"])
+def test_products_in_fp8_are_kept_too(mode: ActivationMemory) -> None:
+    counts, expected = {}, {}
+    for each in ("none", "full", mode):
+        model = decoder()
+        set_precision(model, "fp8-mixed")
+        activations.apply(model, each)
+        with Operators() as counted:
+            expected[each] = gradients(model, "bf16-mixed")
+        counts[each] = counted.counts["_scaled_mm"]
+    assert 0 < counts["none"] == counts[mode] < counts["full"]
+    assert all(torch.equal(expected["none"][name], expected[mode][name]) for name in expected["none"])
 
 
 def test_a_policy_of_packets_would_keep_nothing() -> None:
