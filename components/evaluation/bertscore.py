@@ -86,7 +86,10 @@ class Encoder:
             EncodedText(tuple(ids), tuple(not added for added in mask))
             for ids, mask in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True)
         ]
-        self.truncated += sum(len(each.ids) >= self._max_length for each in encoded)
+        if batch.encodings is not None:
+            self.truncated += sum(bool(each.overflowing) for each in batch.encodings)
+        else:  # a tokenizer in Python does not tell what it cut, so a text that just fits counts too
+            self.truncated += sum(len(each.ids) >= self._max_length for each in encoded)
         return encoded
 
     def embed(self, batch: Sequence[EncodedText]) -> tuple[Tensor, Tensor]:

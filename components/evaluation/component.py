@@ -1,4 +1,6 @@
-"""KFP shell of the held-out evaluation. `section` is made by `modelmill.components.core.step.section`."""
+"""KFP shells of the evaluations and the gate. `section` is made by `modelmill.components.core.step.section`."""
+
+from typing import Optional
 
 from kfp import dsl
 
@@ -22,3 +24,48 @@ def evaluate_heldout(
     result = run_step(step, section, {"model": model.path, "tokens": tokens.path}, outputs)
     for name, value in result.metrics.items():
         metrics.log_metric(name, value)
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def score_generations(
+    section: str,
+    generations: dsl.Input[dsl.Artifact],
+    manifest: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    table: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Score what a model wrote against its references, with intervals, and keep each example's scores."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.evaluation.generation import score_generations as step
+
+    outputs = {"manifest": manifest.path, "report.html": report.path, "report.md": table.path}
+    result = run_step(step, section, {"generations": generations.path}, outputs)
+    for name, value in result.metrics.items():
+        metrics.log_metric(name, value)
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def gate(
+    section: str,
+    candidate: dsl.Input[dsl.Artifact],
+    reference: dsl.Input[dsl.Artifact],
+    manifest: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    table: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+    guard_candidate: Optional[dsl.Input[dsl.Artifact]] = None,  # noqa: UP045 (kfp reads no `| None`)
+    guard_reference: Optional[dsl.Input[dsl.Artifact]] = None,  # noqa: UP045 (kfp reads no `| None`)
+) -> bool:
+    """Decide whether a candidate is better than the reference by enough; returns it, and never fails for a "no"."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.evaluation.gate import gate as step
+
+    given = {"candidate": candidate, "reference": reference}
+    given |= {"guard_candidate": guard_candidate, "guard_reference": guard_reference}
+    inputs = {name: artifact.path for name, artifact in given.items() if artifact is not None}
+    outputs = {"manifest": manifest.path, "report.html": report.path, "report.md": table.path}
+    result = run_step(step, section, inputs, outputs)
+    for name, value in result.metrics.items():
+        metrics.log_metric(name, value)
+    return bool(result.metadata["passed"])

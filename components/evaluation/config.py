@@ -97,6 +97,11 @@ class GuardConfig(Section):
     max_drop: float = Field(
         ge=0, allow_inf_nan=False, description="Largest loss that is accepted, in the metric's own unit."
     )
+    examples: Literal["same", "other"] = Field(
+        default="same",
+        description="Where the metric is looked up: same as the gate's own, or in the scores given for guards, such as"
+        " those on the task the base was made for.",
+    )
 
 
 class GateConfig(Section):
@@ -134,9 +139,9 @@ class GateConfig(Section):
                 f"resamples: {self.resamples} can show no confidence of {self.confidence:g};"
                 f" draw at least {round(1 / (1 - self.confidence))}"
             )
-        names = [guard.metric for guard in self.guards]
+        names = [(guard.metric, guard.examples) for guard in self.guards]
         if len(set(names)) < len(names):
-            raise ValueError(f"guards: {', '.join(names)} names one metric twice; guard each once")
+            raise ValueError(f"guards: {', '.join(name for name, _ in names)} names one twice; guard each once")
         if self.candidate_name == self.reference_name:
             raise ValueError(f"candidate_name: {self.candidate_name!r} is reference_name too; give them two names")
         return self

@@ -81,7 +81,7 @@ def compare_paired(
     means = _bootstrap_means(differences[:, None], resamples, seed)[:, 0]
     lower, upper = np.quantile(means, [1 - confidence, confidence])
     if test == "bootstrap":
-        above, below = np.count_nonzero(means <= against), np.count_nonzero(means >= against)
+        above, below = int((means <= against).sum()), int((means >= against).sum())
     else:
         above, below = _permuted(differences - against, resamples, seed)
     return PairedComparison(

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from modelmill.components.evaluation.stemming import stem
 
@@ -185,7 +185,7 @@ def _masks(tokens: Sequence[int]) -> dict[int, int]:
     return masks
 
 
-def _ngram_score(target: Counter, predicted: Counter) -> Score:  # type: ignore[type-arg]
+def _ngram_score(target: Counter[Any], predicted: Counter[Any]) -> Score:
     hits = 0
     for gram in target.keys() & predicted.keys():
         wanted, found = target[gram], predicted[gram]
