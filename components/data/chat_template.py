@@ -141,7 +141,8 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self._template, self._variables, self._tokenizer = text, variables, tokenizer
-        self._render_jinja, self._refusals = render_jinja_template, (TemplateError, TypeError, ValueError)
+        self._render_jinja: Any = render_jinja_template  # annotated to return text, it returns (texts, spans)
+        self._refusals = (TemplateError, TypeError, ValueError)
         self._marked = _GENERATION.search(text) is not None
         self._written = lru_cache(maxsize=8)(self._write)  # the turns of a conversation share what was before them
         if "strftime_now" in text and "date_string" not in variables:

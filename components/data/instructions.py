@@ -42,6 +42,7 @@ from modelmill.components.data.tokenizer_files import TokenizerFiles, load_token
 
 logger = logging.getLogger("modelmill")
 _CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
+_NAMED = 20  # bad records that are told of one by one; the counts tell of all
 _BATCH_CHARACTERS = 2 << 20  # of text in one call of the tokenizer
 
 
@@ -153,7 +154,8 @@ class _Collector:
             before = f" ({self.bad.total()} bad records: {reasons})" if allowed else ""
             remedy = f"mend or remove the record, or raise instructions.max_bad_records (it is {allowed})"
             raise UserError(f"{PARAMETER}: {place} {problem}{before}; {remedy}")
-        logger.warning("dropped %s: %s", place, problem)
+        if self.bad.total() <= _NAMED:
+            logger.warning("dropped %s %s", place, problem)
 
     def skip(self, problem: BadRecord) -> None:
         """Count a record that is dropped whatever `max_bad_records` says."""

@@ -127,7 +127,7 @@ def report(shown: Sequence[Shown]) -> None:
     console = Console(file=sys.stderr)
     for conversation in shown:
         if console.is_terminal:
-            text = Text(conversation.title + "\n", style="bold")
+            text = Text().append(f"{conversation.title}\n", style="bold")
             for part, learnt in conversation.runs():
                 text.append(part, style="green" if learnt else "dim")
             console.print(text)
