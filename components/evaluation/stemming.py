@@ -62,6 +62,8 @@ _STEP_4 = (
     *("al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou"),
     *("ism", "ate", "iti", "ous", "ive", "ize"),
 )
+# Most words end otherwise; one question instead of twenty.
+_STEP_2_ENDINGS, _STEP_3_ENDINGS = (tuple(suffix for suffix, _ in rules) for rules in (_STEP_2, _STEP_3))
 
 
 def stem(word: str) -> str:
@@ -71,8 +73,10 @@ def stem(word: str) -> str:
     if len(word) <= 2:
         return word
     word = _step_1c(_past_and_gerund(_plural(word)))
-    word = _replace(_step_2(word), _STEP_3)
-    return _final_letters(_step_4(word))
+    word = _step_2(word)
+    if word.endswith(_STEP_3_ENDINGS):
+        word = _replace(word, _STEP_3)
+    return _final_letters(_step_4(word) if word.endswith(_STEP_4) else word)
 
 
 def _shape(word: str) -> str:
@@ -148,7 +152,7 @@ def _step_2(word: str) -> str:
         return _step_2(word[:-2])
     if word.endswith("logi"):  # the l counts with the stem
         return word[:-1] if _measure(word[:-3]) > 0 else word
-    return _replace(word, _STEP_2)
+    return _replace(word, _STEP_2) if word.endswith(_STEP_2_ENDINGS) else word
 
 
 def _step_4(word: str) -> str:

@@ -27,6 +27,8 @@ MEANING = {
     "full_vs_none_memory": ("peak memory of a step, every block checkpointed / none", "below 1"),
     "selective_vs_none_memory": ("peak memory of a step, selective checkpointing / none", "below 1"),
     "selective_vs_none_time": ("time of a step, selective checkpointing / none", "near 1"),
+    "rouge_vs_rouge_score": ("time of `rouge_score` / ours, all four ROUGE of the same texts", "aim 10 or more"),
+    "rouge_max_difference": ("largest difference of any of these scores against `rouge_score`", "0"),
     "per_step_overhead_s": ("orchestration and tracking a pipeline step, seconds", "0.15 or less"),
     "help_s": ("`modelmill --help`, seconds", "0.3 or less"),
     "core_import_s": ("`import modelmill.components.core`, seconds", "0.15 or less"),
