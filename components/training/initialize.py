@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,16 @@ def init_normal(parameter: Tensor, *, name: str, seed: int, std: float) -> None:
         seed: of the model's weights.
         std: standard deviation.
     """
+    _fill_blocks(parameter, name, seed, lambda block, generator: block.normal_(0.0, std, generator=generator))
+
+
+@torch.no_grad()
+def init_uniform(parameter: Tensor, *, name: str, seed: int, bound: float) -> None:
+    """Fill a parameter with uniform numbers from -`bound` to `bound`, drawn as those of `init_normal` are."""
+    _fill_blocks(parameter, name, seed, lambda block, generator: block.uniform_(-bound, bound, generator=generator))
+
+
+def _fill_blocks(parameter: Tensor, name: str, seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> None:
     local, box = local_part(parameter), local_box(parameter)
     rows_per_block = max(1, _BLOCK_ELEMENTS // math.prod(parameter.shape[1:]))
     first, last = box.offset[0], box.offset[0] + box.size[0]
@@ -42,7 +53,7 @@ def init_normal(parameter: Tensor, *, name: str, seed: int, std: float) -> None:
         wanted = drawn.overlap(box)
         assert wanted is not None  # the block was chosen for it
         generator = torch.Generator().manual_seed(_block_seed(seed, name, block))
-        values = torch.empty(drawn.size, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        values = draw(torch.empty(drawn.size, dtype=torch.float32), generator)
         local[wanted.within(box)] = values[wanted.within(drawn)].to(local)
 
 

@@ -65,7 +65,7 @@ def set_precision(model: nn.Module, precision: Precision, tensor: int = 1) -> No
     """Make a model's parameters and layers those of a precision, in place.
 
     fp32 changes nothing, so that a model built in float64 stays so. The others cast floating-point parameters that are
-    trained; frozen ones, which take no small updates, and buffers (rotary tables, running statistics) keep their dtype.
+    trained; frozen ones, which take no small updates, and buffers (rotary tables, running statistics) keep theirs.
 
     Args:
         model: before it is sharded or given to an optimizer; any device, meta too.

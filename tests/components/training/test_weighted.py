@@ -95,8 +95,10 @@ def test_a_micro_batch_without_targets_adds_nothing() -> None:
     loss = linear_cross_entropy(hidden, weight, torch.full((6,), -100), reduction="sum")
     loss.backward()
     assert loss.item() == 0
-    assert hidden.grad is not None and not hidden.grad.any()
-    assert weight.grad is not None and not weight.grad.any()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 def test_frozen_parameters_stay_out_of_checkpoints_and_optimizer(tokens: Manifest, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Fine-tuning of causal language models: whole or through low-rank adapters, and merging those."""
