@@ -51,9 +51,14 @@ class Encoder:
         try:
             self._tokenizer = _with_leading_space(AutoTokenizer, folder)
             model, report = AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"bertscore.encoder: {config.encoder} cannot be loaded ({error})") from None
         missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # the pooler is not used
         if missing:
@@ -67,7 +72,13 @@ class Encoder:
         if config.layer is not None and blocks is not None and config.layer > blocks:
             raise UserError(f"bertscore.layer: {config.layer} is more than the encoder's {blocks} blocks; lower it")
         self._layer = config.layer
-        self._max_length = config.max_length or _readable(self._tokenizer, model.config)
+        readable = _readable(self._tokenizer, model.config)
+        if config.max_length is not None and readable is not None and config.max_length > readable:
+            raise UserError(
+                f"bertscore.max_length: {config.max_length} is more than the {readable} tokens the encoder can read;"
+                " lower it or leave it out"
+            )
+        self._max_length = config.max_length or readable or 512
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self.truncated = 0  # texts that were cut, so far
@@ -207,14 +218,16 @@ def _matched(ours: _Embedded, theirs: _Embedded, weights: _Weights) -> NDArray[n
 
 def _with_leading_space(loader: Any, folder: object) -> Any:
     """The tokenizer; byte-level ones read a text's first word like those behind a space, as `bert_score` has it."""
-    tokenizer = loader.from_pretrained(folder, local_files_only=True)
+    tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if getattr(tokenizer, "add_prefix_space", None) is False:
-        tokenizer = loader.from_pretrained(folder, local_files_only=True, add_prefix_space=True)
+        tokenizer = loader.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, add_prefix_space=True
+        )
     return tokenizer
 
 
-def _readable(tokenizer: Any, config: Any) -> int:
-    """How many tokens the encoder can read at once."""
+def _readable(tokenizer: Any, config: Any) -> int | None:
+    """How many tokens the encoder can read at once, None where neither it nor its tokenizer says."""
     limits = [tokenizer.model_max_length]
     positions = getattr(config, "max_position_embeddings", None)
     if positions:
@@ -222,4 +235,4 @@ def _readable(tokenizer: Any, config: Any) -> int:
         offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
         limits.append(positions - offset)
     limit = min(limits)
-    return int(limit) if limit < _UNLIMITED else 512
+    return int(limit) if limit < _UNLIMITED else None

@@ -31,7 +31,7 @@ from modelmill.components.core.recipe import suggest
 from modelmill.components.core.step import StepResult
 from modelmill.components.evaluation.config import GateConfig
 from modelmill.components.evaluation.gate_report import html_report, markdown_report
-from modelmill.components.evaluation.records import ExampleScores, check_joined, read_scores
+from modelmill.components.evaluation.records import ExampleScores, check_joined, check_scored_alike, read_scores
 from modelmill.components.evaluation.resampling import bootstrap_interval, compare_paired
 
 logger = logging.getLogger("modelmill")
@@ -136,7 +136,8 @@ def gate(
         guard_reference: the reference's.
 
     Raises:
-        UserError: a metric that a side lacks, scores that are not finite, examples that differ, or none at all.
+        UserError: a metric that a side lacks, scores that are not finite, examples or rules of scoring that differ, or
+            no example at all.
     """
     main = _sides(candidate, reference, ("candidate", "reference"))
     other = None
@@ -200,6 +201,7 @@ def decide(config: GateConfig, main: Sides, other: Sides | None = None) -> Decis
 
 
 def _sides(candidate: Manifest, reference: Manifest, names: tuple[str, str]) -> Sides:
+    check_scored_alike(candidate, reference, names)
     sides = Sides(read_scores(candidate, names[0]), read_scores(reference, names[1]))
     check_joined(sides.candidate, sides.reference, names)
     return sides

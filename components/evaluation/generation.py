@@ -51,12 +51,14 @@ def score_generations(config: GenerationScoresConfig, output: Path, *, generatio
     examples = read_generations(generations)
     values, metrics = _overlap(config, examples)
     counts = {"examples": len(examples), "empty_predictions": sum(not e.prediction.strip() for e in examples)}
-    metadata: dict[str, Any] = {"generations_digest": generations.digest}
+    scoring: dict[str, Any] = {"use_stemmer": config.use_stemmer}  # what the numbers depend on, see `records`
+    metadata: dict[str, Any] = {"generations_digest": generations.digest, "scoring": scoring}
     for name in ("weights_digest", "dataset_digest"):
         if name in generations.metadata:
             metadata[name] = generations.metadata[name]
     if config.bertscore is not None:
-        scored, counts["truncated_texts"], metadata["encoder_digest"] = _bertscore(config.bertscore, examples)
+        scored, counts["truncated_texts"], scoring["encoder_digest"] = _bertscore(config.bertscore, examples)
+        scoring |= config.bertscore.model_dump(mode="json", include={"layer", "idf", "max_length"})
         values |= scored
     columns = np.stack(list(values.values()), axis=1)
     lower, upper = bootstrap_interval(
@@ -64,7 +66,8 @@ def score_generations(config: GenerationScoresConfig, output: Path, *, generatio
     )
     for name, mean, low, high in zip(values, columns.mean(axis=0), lower, upper, strict=True):
         metrics |= {name: float(mean), f"{name}_lower": float(low), f"{name}_upper": float(high)}
-    write_scores(output / SCORES_FILE, examples, values)
+    digests = [example.references_digest for example in examples]
+    write_scores(output / SCORES_FILE, [example.id for example in examples], values, digests)
     _report(config, output, examples, values, metrics, counts)
     _track(output, metrics, generations, counts)
     logger.info("%s", ", ".join(f"{name} {metrics[name]:.4f}" for name in values))

@@ -14,7 +14,8 @@ may have nothing to say. Other keys are left alone. The artifact's metadata may 
     {"id": "doc-7", "references_digest": "1f3a...", "scores": {"rougeL": 0.25, "exact_match": 0.0}}
 
 Every line has the same scores, all finite. `references_digest` may be missing; where both sides of a comparison have
-one, they must agree, for scores against different references cannot be compared.
+one, they must agree, for scores against different references cannot be compared. The artifact's metadata may hold
+`scoring`, a mapping of what else the numbers depend on, which must agree too, and `weights_digest` of the model.
 """
 
 from __future__ import annotations
@@ -95,19 +96,26 @@ def read_generations(manifest: Manifest, parameter: str = "generations") -> list
     return found
 
 
-def write_scores(path: Path, generations: Sequence[Generation], values: Mapping[str, NDArray[np.float64]]) -> None:
-    """Write `scores.jsonl` for generations in the order given, values [n] of each metric."""
-    _write(
-        path,
-        (
-            {
-                "id": generation.id,
-                "references_digest": generation.references_digest,
-                "scores": {name: float(column[place]) for name, column in values.items()},
-            }
-            for place, generation in enumerate(generations)
-        ),
-    )
+def write_scores(
+    path: Path,
+    ids: Sequence[str],
+    values: Mapping[str, NDArray[np.float64]],
+    references_digests: Sequence[str] | None = None,
+) -> None:
+    """Write `scores.jsonl`, one line an example in the order given.
+
+    Args:
+        path: of the file.
+        ids: unique, [n].
+        values: metric to scores, [n] each.
+        references_digests: [n]; None where scores do not depend on references, such as losses.
+    """
+    records: list[dict[str, Any]] = []
+    for place, identity in enumerate(ids):
+        digest = {} if references_digests is None else {"references_digest": references_digests[place]}
+        scores = {name: float(column[place]) for name, column in values.items()}
+        records.append({"id": identity, **digest, "scores": scores})
+    _write(path, records)
 
 
 def read_scores(manifest: Manifest, parameter: str) -> ExampleScores:
@@ -176,6 +184,23 @@ def check_joined(candidate: ExampleScores, reference: ExampleScores, names: tupl
             raise UserError(
                 f"{names[0]}: example {identity!r} was scored against other references than in {names[1]};"
                 " generate and score both on the same data"
+            )
+
+
+def check_scored_alike(candidate: Manifest, reference: Manifest, names: tuple[str, str]) -> None:
+    """Refuse to compare scores that were made by different rules, as far as the artifacts state them.
+
+    Raises:
+        UserError: their `scoring` differs.
+    """
+    ours, theirs = candidate.metadata.get("scoring"), reference.metadata.get("scoring")
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return
+    for rule in sorted(ours.keys() | theirs.keys()):
+        if ours.get(rule) != theirs.get(rule):
+            raise UserError(
+                f"{names[0]}: was scored with {rule} {json.dumps(ours.get(rule))}, {names[1]} with"
+                f" {json.dumps(theirs.get(rule))}; score both alike"
             )
 
 

@@ -139,6 +139,7 @@ def test_folders_that_hold_no_encoder(folder: Path, tmp_path: Path) -> None:
     assert "no weights in safetensors" in refusal(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     assert refusal(tmp_path).startswith(f"bertscore.encoder: {tmp_path} cannot be loaded")
+    assert "max_length: 33 is more than the 32 tokens the encoder can read" in refusal(folder, max_length=33)
     assert "layer: 4 is more than the encoder's 3 blocks" in refusal(folder, layer=4)
 
 

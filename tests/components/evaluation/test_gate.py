@@ -332,6 +332,16 @@ def test_scores_that_cannot_be_compared(
     assert "\n" not in str(raised.value)
 
 
+def test_scores_made_by_other_rules_are_refused(home: Home, tmp_path: Path) -> None:
+    lines = lines_of(drawn(0, 20)[0])
+    stemmed = manifest(tmp_path / "c", lines, scoring={"use_stemmer": True, "layer": 3})
+    plain = manifest(tmp_path / "r", lines, scoring={"use_stemmer": False, "layer": 3})
+    message = "candidate: was scored with use_stemmer true, reference with false; score both alike"
+    with pytest.raises(UserError, match=message):
+        gated(tmp_path / "gate", stemmed, plain)
+    gated(tmp_path / "unstated", stemmed, manifest(tmp_path / "u", lines))
+
+
 def test_one_side_of_the_guards_scores_is_not_enough(home: Home, tmp_path: Path) -> None:
     scores = manifest(tmp_path / "c", lines_of(drawn(0, 20)[0]))
     config = GateConfig(metric="f1", guards=(GuardConfig(metric="f1", max_drop=0.1, examples="other"),))

@@ -98,7 +98,9 @@ def test_bertscore_is_added_with_the_encoders_digest(home: Home, tmp_path: Path)
     assert 0.3 < held.values["bertscore_f1"][3] <= 1
     assert result.counts["truncated_texts"] == 1
     assert "1 texts were longer than the encoder reads" in manifest.path("report.md").read_text()
-    assert len(result.metadata["encoder_digest"]) == 64
+    scoring = result.metadata["scoring"]
+    assert len(scoring.pop("encoder_digest")) == 64
+    assert scoring == {"use_stemmer": True, "layer": 2, "idf": False, "max_length": None}
     assert result.metadata["weights_digest"] == "w" * 64
     assert result.metadata["dataset_digest"] == "d" * 64
     assert result.metadata["generations_digest"] == generations.digest
