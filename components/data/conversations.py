@@ -113,6 +113,8 @@ def _read_messages(record: Mapping[str, Any], records: ChatRecords) -> list[Mess
         if role not in _ROLES:
             known = ", ".join([*_ROLES, *records.roles])
             raise BadRecord("unknown_role", f"{place}.{records.role}: {named!r} is none of {known}")
+        if given.get("tool_calls"):
+            raise BadRecord("tool_calls", f"{place} calls tools; only what stands in {records.content} can be learnt")
         content = _text(_field(given, records.content, f"{place} "), f"{place}.{records.content}")
         if not content.strip():
             raise BadRecord("empty_content", f"{place}.{records.content} is empty")

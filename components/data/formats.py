@@ -86,10 +86,8 @@ def read_records(
         `file row n` (from 0) with the row as a dictionary.
 
     Raises:
-        UserError: the file is truncated, corrupt or not UTF-8, or holds no records.
+        UserError: the file is truncated, corrupt or not UTF-8.
     """
-    if format.kind not in ("jsonl", "parquet"):
-        raise UserError(f"{parameter}: {name} is text, not records; convert it to jsonl or parquet, or take it out")
     with _whole(name, parameter):
         if format.kind == "parquet":
             with _plain_file(path, format, scratch) as plain:

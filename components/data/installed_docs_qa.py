@@ -39,7 +39,11 @@ _CLASS_QUESTIONS = (
 )
 _ABBREVIATION = re.compile(r"(?:\b(?i:e\.g|i\.e|etc|vs|cf|resp|approx|al|fig|eq|ref|sec|no)|\b[A-Z])$")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
-_MARKUP = re.compile(r"^(?:[:>.@*#|=+-]|\w+(?:\.\w+)*\()|::|[=~^-]{4}")
+# Markup, examples, and lists of arguments: the beginning of a documentation string need not be a sentence.
+_NO_SENTENCE = re.compile(
+    r"^(?:[:>.@*#|=+-]|\w+(?:\.\w+)* ?\(|(?i:args|arguments|parameters|returns?|examples?|notes?|usage|todo)\b *:)"
+    r"|::|[=~^-]{4}|\*optional\*"
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def _pairs_of(
         answer = summary_sentence(entry.text)
         if not source.min_answer_length <= len(answer) <= source.max_answer_length:
             skipped["answer_length"] += 1
-        elif _MARKUP.search(answer) or len(answer.split()) < 3:
+        elif _NO_SENTENCE.search(answer) or len(answer.split()) < 3:
             skipped["no_sentence"] += 1
         else:
             question = _question(document.module, entry)

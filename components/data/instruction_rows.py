@@ -34,6 +34,17 @@ class InstructionBatch(NamedTuple):
     documents: np.ndarray
 
 
+def document_positions(documents: np.ndarray) -> np.ndarray:
+    """Position of each token within its own document, int64 [b, T], from `InstructionBatch.documents`.
+
+    Models of transformers take them as `position_ids`; without an attention mask they then keep documents apart.
+    """
+    places = np.arange(documents.shape[1])
+    begins = np.zeros(documents.shape, np.int64)
+    begins[:, 1:] = np.where(np.diff(documents, axis=1) != 0, places[1:], 0)
+    return places - np.maximum.accumulate(begins, axis=1)
+
+
 @dataclass(frozen=True)
 class InstructionRows:
     """A split of packed conversations, mapped into memory.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from modelmill.components.data.files import list_files
+from modelmill.components.core.errors import UserError
+from modelmill.components.data.files import DocumentFormat, list_files
 from modelmill.components.data.formats import read_records
 from modelmill.components.data.huggingface import read_rows
 from modelmill.components.data.instruction_config import PARAMETER, DatasetRecords, FileRecords, S3Records
@@ -22,15 +23,28 @@ def read_source(
         source: where the records are.
         scratch: folder for temporary files, emptied as the stream goes on.
 
+    Text files that lie beside the records in a folder (most data sets bring a README) are passed over.
+
     Raises:
         UserError: something cannot be found or read; the message names the file and the place in it.
     """
-    if isinstance(source, FileRecords):
-        for entry in list_files(source.paths, parameter=f"{PARAMETER}.paths"):
-            yield from read_records(entry.path, str(entry.path), entry.format, scratch=scratch, parameter=PARAMETER)
-    elif isinstance(source, S3Records):
-        for path, name, kind in fetch_objects(source.uri, source.endpoint_url, scratch, PARAMETER):
-            yield from read_records(path, name, kind, scratch=scratch, parameter=PARAMETER)
-    else:
+    if isinstance(source, DatasetRecords):
         for number, row in enumerate(read_rows(source, PARAMETER)):
             yield f"{source.name} row {number}", row
+        return
+    found = False
+    for path, name, kind in _files(source, scratch):
+        if kind.kind != "plain":
+            found = True
+            yield from read_records(path, name, kind, scratch=scratch, parameter=PARAMETER)
+    if not found:
+        raise UserError(f"{PARAMETER}: {source.label} holds text but no records; give jsonl or parquet")
+
+
+def _files(source: FileRecords | S3Records, scratch: Path) -> Iterator[tuple[Path, str, DocumentFormat]]:
+    """Path, name for people and format of each file."""
+    if isinstance(source, S3Records):
+        yield from fetch_objects(source.uri, source.endpoint_url, scratch, PARAMETER)
+    else:
+        for entry in list_files(source.paths, parameter=f"{PARAMETER}.paths"):
+            yield entry.path, str(entry.path), entry.format

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from modelmill.components.core.errors import UserError
 from modelmill.components.data import instruction_packing
 from modelmill.components.data.instruction_packing import TokenStore, place_items, plan_rows, write_rows
-from modelmill.components.data.instruction_rows import IGNORE, InstructionRows, InstructionSource
+from modelmill.components.data.instruction_rows import (
+    IGNORE,
+    InstructionRows,
+    InstructionSource,
+    document_positions,
+)
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
@@ -133,6 +138,13 @@ def test_batches_as_a_model_takes_them(tmp_path: Path) -> None:
     inside = batch.targets != IGNORE  # a target and its input are of one item
     assert (rows.documents[:, 1:][inside] == batch.documents[inside]).all()
     assert np.array_equal((batch.targets != IGNORE).sum(1), rows.targets)
+
+
+def test_positions_begin_anew_with_every_document(tmp_path: Path) -> None:
+    rows, _ = packed(tmp_path, [5, 17, 1, 3, 16, 9, 2, 2, 8, 17, 4], 17)
+    positions = document_positions(rows.take(slice(None)).documents)
+    for row, start, size, _ in rows.places.tolist():
+        assert positions[row, start : start + size].tolist() == list(range(size))[: 16 - start]
 
 
 def test_no_items(tmp_path: Path) -> None:

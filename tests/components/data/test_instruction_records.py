@@ -57,6 +57,7 @@ def test_every_format_gives_the_same_records(tmp_path: Path, kind: str, compress
     path = tmp_path / "deep" / f"a.{kind}{compression}"
     path.parent.mkdir()
     path.write_bytes(data)
+    (path.parent / "README.md").write_text("What the records are.")
     found = read(tmp_path, type="files", paths=[str(tmp_path)])
     first, step = (f"{path}:1", ":") if kind == "jsonl" else (f"{path} row 0", " row ")
     assert found[0][0] == first
@@ -116,7 +117,7 @@ def test_a_bucket(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"text", r"a\.txt is text, not records"),
+        ("a.txt", b"text", r"a\.txt holds text but no records; give jsonl or parquet"),
         ("a.jsonl", b'{"a": 1}\n{"b": "\xff"}', r"a\.jsonl is not UTF-8 at byte 16"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 999)[:-9], r"a\.jsonl\.gz ends in the middle"),
         ("a.parquet", b"PAR1", r"a\.parquet is not a whole Parquet file"),
@@ -153,6 +154,11 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
             {"messages": [USER, {"role": "assistant", "content": None}]},
             "wrong_type",
             r"messages\[1\]\.content is null, not text",
+        ),
+        (
+            {"messages": [USER, ANSWER | {"tool_calls": [{"name": "f"}]}]},
+            "tool_calls",
+            r"messages\[1\] calls tools; only what stands in content",
         ),
         ({"messages": [{"role": "user", "content": " \n"}]}, "empty_content", r"messages\[0\]\.content is empty"),
         ({"messages": [USER]}, "no_assistant", "has no turn of the assistant but only user"),
