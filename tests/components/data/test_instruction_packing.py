@@ -147,6 +147,25 @@ def test_positions_begin_anew_with_every_document(tmp_path: Path) -> None:
         assert positions[row, start : start + size].tolist() == list(range(size))[: 16 - start]
 
 
+def test_packed_conversations_do_not_see_each_other(tmp_path: Path) -> None:
+    """A model of transformers needs nothing but the positions: every logit is that of the conversation alone."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rows, given = packed(tmp_path, [5, 17, 3, 16, 9, 2, 2, 8, 17, 4, 7, 7, 6], 17)
+    batch = rows.take(slice(None))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9000, **sizes)).double().eval()
+    positions = torch.from_numpy(document_positions(batch.documents))
+    with torch.no_grad():
+        together = model(torch.from_numpy(batch.tokens), position_ids=positions, use_cache=False).logits
+        for (row, start, size, _), (tokens, _) in zip(rows.places.tolist(), given, strict=True):
+            kept = min(size, 16 - start)
+            alone = model(torch.from_numpy(tokens[None, :kept].astype(np.int64)), use_cache=False).logits[0]
+            torch.testing.assert_close(together[row, start : start + kept], alone, rtol=0, atol=1e-12)
+
+
 def test_no_items(tmp_path: Path) -> None:
     rows, _ = packed(tmp_path, [], 17)
     assert rows.tokens.shape == (0, 17)

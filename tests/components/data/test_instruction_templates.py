@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from modelmill.components.core.errors import UserError
@@ -62,6 +64,24 @@ def test_without_marks_the_mask_is_the_same(files: TokenizerFiles, name: str, tu
     """A template that moves turns about (Mistral's system message) or closes the last one otherwise as well."""
     ids, mask = learnt(files, untagged(TEMPLATES[name]), turns)
     assert (ids, mask) == learnt(files, TEMPLATES[name], turns)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[tuple[str, str]]:
+    """Turns in words that also occur in headers, with blanks and signs at their ends."""
+    words = st.sampled_from(["assistant", "user", "b", "It is.", "<", ">", "|", ":", " ", "\n", "Assistant: ", "end"])
+    content = st.lists(words, min_size=1, max_size=5).map("".join).filter(str.strip)
+    turns = [("system", draw(content))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 4))):
+        turns += [("user", draw(content)), ("assistant", draw(content))]
+    return turns
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(turns=conversations())
+@settings(max_examples=100)
+def test_without_marks_whatever_is_said(files: TokenizerFiles, name: str, turns: list[tuple[str, str]]) -> None:
+    assert learnt(files, untagged(TEMPLATES[name]), turns) == learnt(files, TEMPLATES[name], turns)
 
 
 def test_what_is_learnt_is_what_the_model_writes_behind_the_prompt(files: TokenizerFiles) -> None:
