@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.finetuning.config import AdapterConfig
@@ -83,7 +84,7 @@ class DoraLinear(LoraLinear):
         return self._scale().unsqueeze(1) * super().merged_weight()
 
 
-def add_adapters(model: nn.Module, config: AdapterConfig, *, dora: bool, seed: int) -> list[str]:
+def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, dora: bool, seed: int) -> list[str]:
     """Freeze a model of transformers and put adapters into its linear layers, in place.
 
     Args:
@@ -110,7 +111,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig, *, dora: bool, seed: i
     return names
 
 
-def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
+def find_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
     """Names of the linear layers that get an adapter.
 
     Raises:
@@ -194,7 +195,7 @@ def write_adapter(
     (folder / CONFIG_NAME).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Put the adapters of a folder into their base, in place.
 
     Args:

@@ -172,8 +172,15 @@ def _from_registry(reference: str, scratch: Path, parameter: str) -> Path:
 
     target = scratch / "base" / f"version-{version.version}"
     target.mkdir(parents=True, exist_ok=True)
-    uri = f"{_REGISTRY}{version.name}/{version.version}"
-    found = Path(download_artifacts(uri, dst_path=str(target), tracking_uri=Home.current().tracking_uri))
+    uri = Home.current().tracking_uri
+    try:
+        # Where the files lie, asked of our own client: of a models:/ URI MLflow would ask its default store.
+        place = connect(uri).get_model_version_download_uri(version.name, version.version)
+        found = Path(download_artifacts(place, dst_path=str(target), tracking_uri=uri))
+    except Exception as error:  # whatever the artifact store below raises
+        raise UserError(
+            f"{parameter}: the files of {reference} cannot be fetched ({one_line(error)}); check the artifact store"
+        ) from None
     for folder in (found / "data" / "model", found / "model", found):
         if (folder / "config.json").is_file():
             return folder.absolute()

@@ -9,6 +9,7 @@ layers keep conversations apart, is tried out on the loaded model and not looked
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.data.instruction_rows import InstructionBatch, InstructionRows, InstructionSource
 from modelmill.components.training.loss import linear_cross_entropy
 
-_LOCAL = {"trust_remote_code": False, "local_files_only": True}
+_LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 _TRIAL_TOKENS = 6
 _TRIAL_TOLERANCE = 2e-2  # of the largest logit or state: far above rounding in bf16, far below another model
 
@@ -92,7 +93,7 @@ def load_model(folder: Path | str, *, dtype: torch.dtype | None, attention: str 
         config = _read_config(folder)
         stored = _dtype_of(config)
         wanted = stored if dtype is None or stored == torch.float64 else dtype
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
             dtype=wanted,
@@ -104,6 +105,7 @@ def load_model(folder: Path | str, *, dtype: torch.dtype | None, attention: str 
     except Exception as error:  # transformers raises whatever its parts do
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"finetune.base: {folder} cannot be loaded ({reason}); use another model") from None
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"finetune.base: {folder} lacks tensor {missing[0]} ({len(missing)} in all), which would be random;"

@@ -79,7 +79,8 @@ def merge_adapter(
         "adapter_digest": adapter.metadata.get("weights_digest"),
         "weights_digest": weights_digest(output / MODEL_FOLDER),
     }
-    counts = {name: adapter.counts[name] for name in ("parameters", "steps", "tokens") if name in adapter.counts}
+    kept = {"parameters", "steps", "tokens"}
+    counts: dict[str, int] = {name: adapter.counts[name] for name in sorted(adapter.counts.keys() & kept)}
     return StepResult(kind="model", counts=counts, metrics={**adapter.metrics, **differences}, metadata=metadata)
 
 
@@ -121,7 +122,9 @@ def _merge(
     merge(model)
     differences = {"logits_difference": _difference(_logits(model, batch), expected, largest)}
     _refuse(differences["logits_difference"], config, "merged")
-    model.to(stored).save_pretrained(str(folder))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored)
+    model.save_pretrained(str(folder))
     del model
     again = load_model(folder, dtype=torch.float32)
     differences["stored_difference"] = _difference(_logits(again, batch), expected, largest)

@@ -1,0 +1,390 @@
+"""One rank: the engine against a loop by hand, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.func import functional_call
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+)
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.step import StepResult
+from modelmill.components.core.weights import weights_digest
+from modelmill.components.data.instruction_rows import InstructionSource, open_instructions
+from modelmill.components.finetuning import adapters, causal_lm
+from modelmill.components.finetuning.config import AdapterConfig, FinetuneConfig
+from modelmill.components.finetuning.finetune import finetune, train
+from modelmill.components.training.launch import TrainingJob, TrainingResult
+from modelmill.components.training.schedule import learning_rate
+from tests.components.finetuning.samples import (
+    ADAPTER,
+    BASE,
+    LENGTH,
+    finetune_config,
+    make_base,
+    make_instructions,
+)
+from tests.components.training.runs import history, single_rank
+
+
+class Here:
+    """A launcher whose one rank is this process."""
+
+    def __init__(self) -> None:
+        self.jobs: list[TrainingJob] = []
+
+    def check(self, training: object) -> None:
+        pass
+
+    def launch(self, job: TrainingJob) -> TrainingResult:
+        self.jobs.append(job)
+        return train(single_rank(job.scratch), job.spec, job.training)
+
+
+def run(
+    config: FinetuneConfig, scratch: Path, instructions: Manifest, base: Manifest | None = None
+) -> tuple[Manifest, StepResult]:
+    """The step, and the manifest that it becomes."""
+    output = scratch / "data"
+    output.mkdir(parents=True, exist_ok=True)
+    result = finetune(config, output, instructions=instructions, base=base, launcher=Here())
+    return Manifest.describe(output, kind=result.kind, counts=result.counts, metadata=result.metadata), result
+
+
+@pytest.fixture(autouse=True)
+def launched_now(home: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELMILL_LAUNCHED", "0")
+
+
+def conversations(instructions: Manifest, step: int, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and targets of every conversation of a global batch, each on its own."""
+    rows = InstructionSource(open_instructions(instructions, "train"), 0, batch).batch(step)
+    found = []
+    for tokens, targets, documents in zip(*rows, strict=True):
+        for number in range(documents.max() + 1):
+            inside = documents == number
+            if (targets[inside] >= 0).any():
+                found.append((tokens[inside], targets[inside]))
+    return found
+
+
+def by_hand(
+    base: Path, instructions: Manifest, config: FinetuneConfig, losses: list[float]
+) -> tuple[dict[str, torch.Tensor], PreTrainedModel]:
+    """The same training without packing, our modules or our loop: W + s B A put into a plain model."""
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float64).train()
+    plain = dict(model.named_parameters())
+    scale = config.adapter.alpha / config.adapter.rank
+    first = causal_lm.load_model(base, dtype=torch.float64)
+    names = adapters.add_adapters(first, config.adapter, dora=config.method == "dora", seed=0)
+    # Only the random start is ours: A as drawn, B zero, and for DoRA the row lengths of the base.
+    lora = {n: p.detach().clone().requires_grad_() for n, p in first.named_parameters() if "lora_" in n}
+    inputs = [p for n, p in lora.items() if not n.endswith("lora_B.weight") and p.dim() > 1]
+    outputs = [p for n, p in lora.items() if n.endswith("lora_B.weight")]
+    lengths = [p for p in lora.values() if p.dim() == 1]
+    ratio = config.adapter.learning_rate_ratio
+    groups = [(inputs, 1.0, 0.1), (outputs, ratio, 0.1), (lengths, 1.0, 0.0)]
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay} for group, _, decay in groups if group], betas=(0.9, 0.95), eps=1e-5
+    )
+    rates = [rate for group, rate, _ in groups if group]
+
+    def effective() -> dict[str, torch.Tensor]:
+        changed = dict(plain)
+        for name in names:
+            direction = plain[f"{name}.weight"] + scale * lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]
+            if lengths:
+                norms = direction.norm(dim=1).detach()
+                direction = (lora[f"{name}.lora_magnitude_vector"] / norms)[:, None] * direction
+            changed[f"{name}.weight"] = direction
+        return changed
+
+    training = config.training
+    for step in range(training.steps):
+        weights, total, count = effective(), torch.zeros((), dtype=torch.float64), 0
+        for tokens, targets in conversations(instructions, step, training.global_batch_size):
+            logits = functional_call(model, weights, kwargs={"input_ids": torch.from_numpy(tokens)[None]}).logits[0]
+            wanted = torch.from_numpy(targets)
+            total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+            count += int((wanted >= 0).sum())
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lora.values(), training.clip_norm)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * learning_rate(step, training)
+        optimizer.step()
+        losses.append(loss.item())
+    return lora, model
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_engine_is_a_loop_by_hand(exact: Path, instructions: Manifest, tmp_path: Path, method: str) -> None:
+    config = finetune_config(exact, method=method)
+    made, _ = run(config, tmp_path, instructions)
+    losses: list[float] = []
+    lora, _ = by_hand(exact, instructions, config, losses)
+    assert [r["loss"] for r in history(tmp_path) if "loss" in r] == pytest.approx(losses, rel=1e-8)
+    found = load_file(made.path("adapter/adapter_model.safetensors"))
+    assert found.keys() == {f"base_model.model.{name}" for name in lora}
+    for name, value in lora.items():
+        torch.testing.assert_close(found[f"base_model.model.{name}"], value.detach(), rtol=1e-6, atol=1e-9)
+    assert losses[-1] < losses[0]
+
+
+def test_all_weights_follow_a_loop_by_hand(exact: Path, instructions: Manifest, tmp_path: Path) -> None:
+    config = finetune_config(exact, method="full", weight_decay=0.0)
+    made, result = run(config, tmp_path, instructions)
+    model = AutoModelForCausalLM.from_pretrained(str(exact), dtype=torch.float64).train()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    for step in range(6):
+        sums = []
+        batch = conversations(instructions, step, 8)
+        for tokens, targets in batch:
+            logits = model(input_ids=torch.from_numpy(tokens)[None]).logits[0]
+            sums.append(torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets), reduction="sum"))
+        optimizer.zero_grad()
+        (sum(sums) / sum(int((targets >= 0).sum()) for _, targets in batch)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config.training)
+        optimizer.step()
+    again = AutoModelForCausalLM.from_pretrained(str(made.path("model/config.json").parent), dtype=torch.float64)
+    for (name, found), expected in zip(again.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, msg=name)
+    assert made.kind == "model"
+    assert (tmp_path / "data" / "model" / "tokenizer.json").exists()
+    assert result.metadata["weights_digest"] == weights_digest(tmp_path / "data" / "model")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_loads_in_peft_with_the_same_logits(
+    llama: Path, instructions: Manifest, tmp_path: Path, method: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    made, _ = run(finetune_config(llama, method=method), tmp_path, instructions)
+    folder = made.path("adapter/adapter_config.json").parent
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(llama)), str(folder)).eval()
+    ours = causal_lm.load_model(llama, dtype=torch.float32)
+    adapters.load_adapter(ours, folder)
+    tokens = torch.arange(1, 60).view(1, -1)
+    with torch.no_grad():
+        found, expected = ours.eval()(input_ids=tokens).logits, theirs(input_ids=tokens).logits
+        base = AutoModelForCausalLM.from_pretrained(str(llama))(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (expected - base).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_engine_is_peft_with_a_loop_by_hand(
+    exact: Path, instructions: Manifest, tmp_path: Path, method: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = finetune_config(exact, method=method, adapter={"rank": 4, "alpha": 8}, weight_decay=0.0)
+    run(config, tmp_path, instructions)
+    first = causal_lm.load_model(exact, dtype=torch.float64)
+    names = adapters.add_adapters(first, config.adapter, dora=method == "dora", seed=0)
+    adapters.write_adapter(
+        tmp_path / "start", adapters.gather_adapters(first, True), config.adapter, dora=method == "dora", names=names,
+        base="",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(str(exact), dtype=torch.float64)
+    model = peft.PeftModel.from_pretrained(
+        model, str(tmp_path / "start"), is_trainable=True, autocast_adapter_dtype=False
+    ).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    losses = []
+    for step in range(config.training.steps):
+        sums = []
+        batch = conversations(instructions, step, 8)
+        for tokens, targets in batch:
+            logits = model(input_ids=torch.from_numpy(tokens)[None]).logits[0]
+            sums.append(torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets), reduction="sum"))
+        loss = sum(sums) / sum(int((targets >= 0).sum()) for _, targets in batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config.training)
+        optimizer.step()
+        losses.append(loss.item())
+    assert [r["loss"] for r in history(tmp_path) if "loss" in r] == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_killed_run_ends_with_the_same_bits(
+    llama: Path, instructions: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = finetune_config(llama, adapter={**ADAPTER, "dropout": 0.2})
+    run(config, tmp_path / "whole", instructions)
+    with monkeypatch.context() as patch:
+        batch = causal_lm.SupervisedBatches.batch
+
+        def dies(self: Any, step: int, rank: int, world: int) -> np.ndarray:
+            if step == 5:  # two steps after the checkpoint of the third
+                raise KeyboardInterrupt
+            return batch(self, step, rank, world)
+
+        patch.setattr(causal_lm.SupervisedBatches, "batch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "killed", instructions)
+    assert [r["step"] for r in history(tmp_path / "killed") if "loss" in r][-1] > 3
+    run(config, tmp_path / "killed", instructions)
+    for name in ("history.jsonl", "data/adapter/adapter_model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_only_the_adapter_is_trained(llama: Path) -> None:
+    model = causal_lm.load_model(llama, dtype=torch.float32)
+    names = adapters.add_adapters(model, AdapterConfig(**ADAPTER), dora=True, seed=0)
+    assert len(names) == 2 * 7
+    assert "lm_head" not in names
+    rows = torch.arange(1, 2 * 3 * 9 + 1).view(2, 3, 9)
+    rows[:, 2] = torch.arange(9)
+    causal_lm.SupervisedModel(model)(rows).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+def test_first_weights_depend_on_seed_and_name_only(llama: Path) -> None:
+    found = []
+    for seed, targets in ((0, "all-linear"), (0, ["down_proj", "self_attn.q_proj"]), (1, "all-linear")):
+        model = causal_lm.load_model(llama, dtype=torch.float32)
+        adapters.add_adapters(model, AdapterConfig(rank=4, targets=targets), dora=False, seed=seed)
+        found.append({n: layer.lora_A.weight for n, layer in adapters.adapters(model)})
+    assert set(found[1]) == {f"model.layers.{n}.{t}" for n in (0, 1) for t in ("mlp.down_proj", "self_attn.q_proj")}
+    for name, weight in found[1].items():
+        assert torch.equal(weight, found[0][name])
+        assert not torch.equal(weight, found[2][name])
+        assert weight.abs().max() <= weight.shape[1] ** -0.5
+    assert len({tuple(weight.flatten()[:3].tolist()) for weight in found[0].values()}) == len(found[0])
+
+
+@pytest.mark.parametrize("family", [Qwen2ForCausalLM, MistralForCausalLM])
+def test_other_families_train(family: type[PreTrainedModel], instructions: Manifest, tmp_path: Path) -> None:
+    changes = {"sliding_window": 6} if family is MistralForCausalLM else {"tie_word_embeddings": True}
+    base = make_base(tmp_path / "base", family, **changes)
+    _, result = run(finetune_config(base), tmp_path / "run", instructions)
+    rows = [record["loss"] for record in history(tmp_path / "run") if "loss" in record]
+    assert rows[-1] < rows[0]
+    assert result.metadata["base_digest"] == weights_digest(base)
+
+
+def refused(match: str, work: Callable[[], Any]) -> None:
+    with pytest.raises(UserError, match=match) as error:
+        work()
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_is_one_line(
+    llama: Path, instructions: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "run"
+
+    def tried(match: str, config: FinetuneConfig, data: Manifest = instructions, base: Manifest | None = None) -> None:
+        refused(match, lambda: run(config, scratch, data, base))
+
+    tried(r"finetune.method: 'qlora'", finetune_config(llama, method="qlora"))
+    names = r"'q_porj' matches no linear layer .* it has down_proj, gate_proj, k_proj, o_proj, q_proj"
+    tried(names, finetune_config(llama, adapter={"targets": ["v_proj", "q_porj"]}))
+    tried(r"finetune.base: no base given", finetune_config(None))
+    tried(r"finetune.base: .* is no folder", finetune_config(tmp_path / "nowhere"))
+    tried(r"finetune.base: .* is not in the registry", finetune_config("models:/none@champion"))
+    tried(r"finetune.base: 'models:/none' names no version", finetune_config("models:/none"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tried(r"finetune.base: hf:someone/model cannot be had", finetune_config("hf:someone/model"))
+    tried(r"global_batch_size: 64 sequences are more than", finetune_config(llama, global_batch_size=64))
+    short = make_base(tmp_path / "short", max_position_embeddings=16)
+    tried(rf"sequence_length: {LENGTH} is more than the 16", finetune_config(short))
+    small = make_base(tmp_path / "small", vocab_size=50)
+    tried(r"instructions.tokenizer: its 97 tokens are more than the 50", finetune_config(small))
+    empty = instructions.model_copy(update={"counts": {**instructions.counts, "train_rows": 0}})
+    tried(r"the training split is empty", finetune_config(llama), empty)
+    unchecked = instructions.model_copy(update={"counts": {**instructions.counts, "validation_rows": 0}})
+    tried(r"validation split is empty", finetune_config(llama), unchecked)
+    tried(r"is of kind tokens", finetune_config(llama), instructions.model_copy(update={"kind": "tokens"}))
+    for name in ("full", "lora"):
+        made = tmp_path / "run" / "data" / name
+        assert not made.exists()
+
+
+def test_an_unsafe_or_damaged_base_is_refused(llama: Path, instructions: Manifest, tmp_path: Path) -> None:
+    pickled = Path(shutil.copytree(llama, tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refused("pytorch_model.bin is a pickle", lambda: run(finetune_config(pickled), tmp_path / "run", instructions))
+    lacking = Path(shutil.copytree(llama, tmp_path / "lacking"))
+    weights = load_file(lacking / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    refused("lacks tensor", lambda: run(finetune_config(lacking), tmp_path / "run", instructions))
+    foreign = Path(shutil.copytree(llama, tmp_path / "foreign"))
+    config = json.loads((foreign / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (foreign / "config.json").write_text(json.dumps(config))
+    (foreign / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    refused("cannot be loaded", lambda: run(finetune_config(foreign), tmp_path / "run", instructions))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_on_another_base_is_refused(llama: Path, instructions: Manifest, tmp_path: Path) -> None:
+    run(finetune_config(llama), tmp_path / "run", instructions)
+    other = Path(shutil.copytree(llama, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    refused(
+        "was written by another configuration", lambda: run(finetune_config(other), tmp_path / "run", instructions)
+    )
+
+
+def test_models_that_the_loss_or_packing_would_falsify_are_refused(instructions: Manifest) -> None:
+    sizes = {name: value for name, value in BASE.items() if name != "max_position_embeddings"}
+    scaled = CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.5))
+    refused("scales or caps its logits", lambda: causal_lm.check_model(scaled, packed=False))
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2))
+    refused("mixes conversations that are packed", lambda: causal_lm.check_model(recurrent, packed=True))
+    causal_lm.check_model(recurrent, packed=False)
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4))
+    causal_lm.check_model(plain, packed=True)
+    refused("has no linear layer besides its head", lambda: adapters.find_targets(plain, AdapterConfig()))
+
+
+def test_sections_refuse_what_means_nothing() -> None:
+    for changes, match in (
+        ({"method": "full", "adapter": {"rank": 3}}, "method full trains all weights"),
+        ({"adapter": {"targets": []}}, "names no layer"),
+        ({"precision": "fp8-mixed"}, "fp8-mixed is for pretraining"),
+        ({"attention": "varlen", "precision": "bf16-mixed"}, "kernel of our own decoder"),
+        ({"parallel": {"processes_per_node": 2, "tensor": 2}}, "splits our own decoder only"),
+        ({"learning_rate": 1e-2, "steps": 0}, "steps"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            finetune_config("base", **changes)
+
+
+def test_targets_of_a_row_that_begins_a_conversation_are_not_predicted_from_the_one_before(tmp_path: Path) -> None:
+    data = make_instructions(tmp_path / "data")
+    rows = open_instructions(data, "train")
+    stacked = causal_lm.stack_rows(rows.take(slice(0, 20)))
+    documents = rows.take(slice(0, 20)).documents
+    for positions, numbers in zip(stacked[:, 2], documents, strict=True):
+        expected = np.concatenate([np.arange((numbers == n).sum()) for n in np.unique(numbers)])
+        assert np.array_equal(positions, expected)

@@ -1,0 +1,150 @@
+"""Merging: the same model as base and adapter, for the right base only, and accepted by what comes after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.home import Home
+from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.weights import weights_digest
+from modelmill.components.evaluation.config import EvaluationConfig
+from modelmill.components.evaluation.heldout import evaluate_heldout
+from modelmill.components.finetuning import adapters, causal_lm
+from modelmill.components.finetuning.base import base_state, find_base
+from modelmill.components.finetuning.config import MergeConfig
+from modelmill.components.finetuning.merge import merge_adapter
+from modelmill.components.llama.huggingface import load_huggingface
+from modelmill.components.registry.config import RegisterConfig
+from modelmill.components.registry.register import register_model
+from tests.components.finetuning.samples import finetune_config
+from tests.components.finetuning.test_finetune import run
+from tests.components.training.samples import make_tokens
+
+
+@pytest.fixture(autouse=True)
+def launched_now(home: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELMILL_LAUNCHED", "0")
+
+
+def merged(
+    base: Path, adapter: Manifest, instructions: Manifest, output: Path, **changes: object
+) -> tuple[Manifest, dict[str, float]]:
+    output.mkdir(parents=True)
+    config = MergeConfig.model_validate({"base": str(base), **changes})
+    result = merge_adapter(config, output, adapter=adapter, instructions=instructions)
+    counts = result.counts
+    return Manifest.describe(output, kind=result.kind, counts=counts, metadata=result.metadata), result.metrics
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["llama", "exact"])
+def test_the_merged_model_has_the_logits_of_base_and_adapter(
+    request: pytest.FixtureRequest, instructions: Manifest, tmp_path: Path, method: str, name: str
+) -> None:
+    base = request.getfixturevalue(name)
+    before = weights_digest(base)
+    adapter, _ = run(finetune_config(base, method=method), tmp_path / "run", instructions)
+    made, metrics = merged(base, adapter, instructions, tmp_path / "merged" / "data")
+    assert metrics["logits_difference"] <= 1e-5
+    assert metrics["stored_difference"] <= 1e-5
+    dtype = torch.float64 if name == "exact" else torch.float32
+    folder = made.path("model/config.json").parent
+    plain = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
+    tuned = causal_lm.load_model(base, dtype=dtype).eval()
+    tokens = torch.arange(1, 60).view(1, -1)
+    with torch.no_grad():
+        untuned = tuned(input_ids=tokens).logits
+        adapters.load_adapter(tuned, adapter.path("adapter/adapter_config.json").parent)
+        expected, found = tuned(input_ids=tokens).logits, plain(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if name == "llama" else 1e-11)
+    assert (expected - untuned).abs().max() > 0.05
+    assert weights_digest(base) == before
+    assert made.metadata["weights_digest"] == weights_digest(folder) != before
+    assert {key.split(".")[-1] for key in load_file(folder / "model.safetensors")} <= {"weight", "bias"}
+
+
+def test_a_base_in_bf16_is_merged_in_fp32_and_stored_as_it_was(
+    half: Path, instructions: Manifest, tmp_path: Path
+) -> None:
+    adapter, _ = run(finetune_config(half, precision="bf16-mixed"), tmp_path / "run", instructions)
+    made, metrics = merged(half, adapter, instructions, tmp_path / "merged" / "data")
+    assert metrics["logits_difference"] <= 1e-5 < metrics["stored_difference"] < 0.1
+    weights = load_file(made.path("model/model.safetensors"))
+    assert causal_lm.stored_dtype(made.path("model/config.json").parent) == torch.bfloat16
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_merging_is_refused_where_it_would_be_wrong(
+    llama: Path, exact: Path, instructions: Manifest, tmp_path: Path
+) -> None:
+    adapter, _ = run(finetune_config(llama), tmp_path / "run", instructions)
+    with pytest.raises(UserError, match=r"merge.base: .* the adapter was trained on"):
+        merged(exact, adapter, instructions, tmp_path / "1" / "data")
+    with pytest.raises(UserError, match=r"merge.tolerance: the merged model's logits differ"):
+        merged(llama, adapter, instructions, tmp_path / "2" / "data", tolerance=1e-12)
+    none = instructions.counts | {"validation_rows": 0, "test_rows": 0}
+    with pytest.raises(UserError, match=r"no \(0, 25\) arrays"):
+        merged(llama, adapter, instructions.model_copy(update={"counts": none}), tmp_path / "3" / "data")
+    with pytest.raises(UserError, match="is of kind model"):
+        merged(llama, adapter.model_copy(update={"kind": "model"}), instructions, tmp_path / "4" / "data")
+    path = adapter.path("adapter/adapter_model.safetensors")
+    weights = load_file(path)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, path)
+    damaged = Manifest.describe(tmp_path / "run" / "data", kind="adapter", metadata=adapter.metadata)
+    with pytest.raises(UserError, match=r"and its configuration differ in base_model\.model\.model"):
+        merged(llama, damaged, instructions, tmp_path / "5" / "data")
+
+
+@pytest.mark.slow
+def test_a_merged_model_is_evaluated_registered_and_tuned_again(
+    store_home: Home, llama: Path, instructions: Manifest, tmp_path: Path
+) -> None:
+    adapter, _ = run(finetune_config(llama), tmp_path / "run", instructions)
+    made, _ = merged(llama, adapter, instructions, tmp_path / "merged" / "data")
+    folder = made.path("model/config.json").parent
+    decoder, upstream = load_huggingface(folder), AutoModelForCausalLM.from_pretrained(str(folder))
+    tokens = torch.arange(1, 25).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(tokens), upstream(input_ids=tokens).logits, rtol=0, atol=1e-4)
+
+    rows = make_tokens(tmp_path / "tokens")
+    judged = tmp_path / "evaluation"
+    judged.mkdir()
+    evaluation = evaluate_heldout(
+        EvaluationConfig(num_prompts=0, max_new_tokens=4, prompts=()), judged, model=made, tokens=rows
+    )
+    report = Manifest.describe(judged, kind=evaluation.kind, metrics=evaluation.metrics, metadata=evaluation.metadata)
+    entered = tmp_path / "registered" / "data"
+    entered.mkdir(parents=True)
+    registration = register_model(
+        RegisterConfig(name="tuned", alias="champion"), entered, model=made, evaluation=report
+    )
+    assert registration.metadata["weights_digest"] == weights_digest(folder)
+
+    reference = "models:/tuned@champion"
+    base = find_base(reference, None, tmp_path, "finetune.base")
+    assert base.digest == weights_digest(folder)
+    assert base_state(reference, "finetune.base") == registration.metadata["version"]
+    _, again = run(finetune_config(reference), tmp_path / "again", instructions)
+    assert again.metadata["base_digest"] == weights_digest(folder)
+    _, from_step = run(finetune_config(None), tmp_path / "step", instructions, made)
+    assert from_step.metadata["base_digest"] == weights_digest(folder)
+    assert from_step.metadata["weights_digest"] == again.metadata["weights_digest"]
+
+
+def test_what_a_name_stands_for_changes_with_it(llama: Path, tmp_path: Path) -> None:
+    before = base_state(str(llama), "finetune.base")
+    assert before == base_state(str(llama), "finetune.base")
+    (llama / "extra.json").write_text(json.dumps({}))
+    try:
+        assert base_state(str(llama), "finetune.base") != before
+    finally:
+        (llama / "extra.json").unlink()
