@@ -125,6 +125,21 @@ def test_long_texts_are_cut_and_counted(folder: Path) -> None:
     assert bert_scores(short, [["cat dog"]], ["cat tree"], idf=False, batch_size=2)[0, 2] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("kind", ["roberta", "t5"])
+def test_other_kinds_of_encoder(tmp_path: Path, kind: str) -> None:
+    encoder = Encoder(BertScoreConfig(encoder=str(encoders.byte_level(tmp_path, kind)), layer=1))
+    long = "cat " * 40
+    references = [["the cat"], ["a dog"], [long], ["x"]]
+    scores = bert_scores(encoder, references, ["the cat", "the cat", long, ""], idf=True, batch_size=2)
+    assert scores[0] == pytest.approx([1.0, 1.0, 1.0], abs=1e-5)
+    assert scores[1, 2] < 0.99
+    assert scores[2, 2] == pytest.approx(1.0, abs=1e-5)
+    assert not scores[3].any()
+    assert encoder.truncated == (2 if kind == "roberta" else 0), "positions of RoBERTa begin behind the padding id"
+    first, second = (text.ids for text in encoder.tokenize(["cat", "the cat"]))
+    assert first[1] == second[2], "the first word is read like one behind a space"
+
+
 def refusal(path: Path, **config: int) -> str:
     with pytest.raises(UserError) as raised:
         Encoder(BertScoreConfig(encoder=str(path), **config))  # type: ignore[arg-type]
