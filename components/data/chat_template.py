@@ -182,10 +182,11 @@ class ChatTemplate:
         messages = tuple(messages)
         rendered = self._render_marked(messages) if self._marked else self._render_compared(messages)
         answers = [message.content for message in messages if message.role == "assistant"]
-        # A template's own marks may leave turns out, so all there is to ask is that the text has them.
-        learnt = rendered.text if self._marked else "\0".join(rendered.text[a:b] for a, b in rendered.spans)
+        # A template's own marks may leave turns out or cut them into parts: then all there is to ask is the text.
+        written = [rendered.text[start:end] for start, end in rendered.spans]
         for number, content in enumerate(answers, 1):
-            if content.strip() not in learnt:
+            place = written[number - 1] if len(written) == len(answers) else rendered.text
+            if content.strip() not in place:
                 what = f"turn {number} of the assistant is not in the text as it is"
                 raise BadRecord("content_lost", f"{what}: the chat template changes or drops it ({content[:40]!r})")
         return rendered
