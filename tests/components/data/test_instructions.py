@@ -18,6 +18,7 @@ from modelmill.components.data import instructions, preview
 from modelmill.components.data.chat_template import open_template
 from modelmill.components.data.conversations import Message
 from modelmill.components.data.documents import SPLITS
+from modelmill.components.data.instruction_prompts import read_prompts
 from modelmill.components.data.instruction_rows import (
     IGNORE,
     InstructionSource,
@@ -192,6 +193,30 @@ def test_everything_can_be_learnt(tmp_path: Path, chatml: Manifest, produce: Pro
     path = records_in(tmp_path / "a.jsonl", [question(number) for number in range(5)])
     made = produce(prepare_instructions, config(path, train_on="all"), tokenizer=chatml)
     assert made.counts["train_targets"] == made.counts["train_tokens"] - made.counts["train_conversations"]
+
+
+@pytest.mark.parametrize("kind", ["chat", "prompt"])
+def test_prompts_to_generate_from_are_those_of_training(
+    tmp_path: Path, chatml: Manifest, produce: Produce, kind: str
+) -> None:
+    """What a model is asked stands before the last answer's first target, token by token."""
+    said = [question(number) for number in range(20)]
+    if kind == "chat":
+        for record in said[::2]:
+            record["messages"] = [*record["messages"], *question(7)["messages"]]
+    path = records_in(tmp_path / "a.jsonl", said)
+    text = {} if kind == "chat" else {"template": {"kind": "prompt", "text": "Q: {prompt}\nA: {completion}"}}
+    made = produce(prepare_instructions, config(path, sequence_length=200, **text), tokenizer=chatml)
+    rows, prompts = open_instructions(made, "train"), list(read_prompts(made, chatml, "train"))
+    assert len(prompts) == 20
+    for prompt, record, (row, start, size, _) in zip(
+        prompts, read_conversations(made, "train"), rows.places.tolist(), strict=True
+    ):
+        assert (prompt.id, prompt.reference) == (record["id"], record["messages"][-1]["content"])
+        ids, mask = rows.tokens[row, start : start + size], rows.loss_mask[row, start : start + size]
+        assert ids[: len(prompt.tokens)].tolist() == list(prompt.tokens)
+        assert mask[len(prompt.tokens) :].all()
+        assert not mask[len(prompt.tokens) - 1]
 
 
 def test_a_prompt_text_with_the_answer_kept(tmp_path: Path, produce: Produce) -> None:
