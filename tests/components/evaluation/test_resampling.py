@@ -88,6 +88,12 @@ def test_no_difference_at_all_is_no_evidence(test: str) -> None:
     assert (found.difference, found.lower, found.upper, found.p_above, found.p_below) == (0.0, 0.0, 0.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("test", TESTS)
+def test_no_p_value_is_zero(test: str) -> None:
+    found = compare_paired(np.full(50, 2.0), against=0.0, test=test, confidence=0.95, resamples=999, seed=0)  # type: ignore[arg-type]
+    assert (found.p_above, found.p_below) == (1 / 1000, 1.0)
+
+
 def test_large_sets_are_drawn_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(4).normal(size=(100, 2))
     whole = bootstrap_interval(values, confidence=0.95, resamples=500, seed=0)
