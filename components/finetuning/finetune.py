@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from modelmill.components.data.instruction_rows import InstructionRows
     from modelmill.components.finetuning.causal_lm import SupervisedModel
+    from modelmill.components.training.loop import TrainingLoop
 
 MODULE = "modelmill.components.finetuning.finetune"
 HISTORY = "history.jsonl"
@@ -197,47 +199,84 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     """What one rank does: load, adapt, train, and take part in the export that rank 0 writes."""
     import torch
 
+    from modelmill.components.finetuning.causal_lm import SupervisedModel
+    from modelmill.components.training.prepare import prepare
+
+    instructions = Manifest.model_validate(spec["instructions"])
+    rows, held_out = open_instructions(instructions, "train"), open_instructions(instructions, "validation")
+    events.progress("loading the base")
+    model, names = _load(spec, training, packed=any(len(split.places) > len(split) for split in (rows, held_out)))
+    sizes = _sizes(model)
+    supervised = SupervisedModel(model)
+    prepare(supervised, ranks, training)
+    supervised.to(ranks.device)
+    torch.manual_seed(training.seed + ranks.data_rank)  # dropout; a checkpoint keeps the state
+    loop = _loop(supervised, rows, held_out, ranks, spec, training, instructions.digest)
+    start = time.time() - float(os.environ[LAUNCHED_VARIABLE])
+    metrics = {"start_seconds": start, **loop.run()}
+    progress = {"steps": loop.progress.step, "tokens": loop.progress.tokens, "world_size": ranks.world_size}
+    began = time.perf_counter()
+    folder = _export(supervised, names, spec, wanted=ranks.is_main)
+    result = TrainingResult(counts={**sizes, **progress}, metrics=metrics)
+    if ranks.is_main:
+        shutil.copyfile(ranks.scratch / HISTORY, Path(spec["output"]) / HISTORY)
+        result.metrics["export_seconds"] = time.perf_counter() - began
+        result.metadata["weights_digest"] = weights_digest(folder)
+    return result
+
+
+def _load(spec: Mapping[str, Any], training: TrainingConfig, *, packed: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The base, with adapters where the method has them, and the names of the layers that got one."""
+    from modelmill.components.finetuning import adapters, causal_lm
+
+    method = spec["method"]
+    attention = "eager" if training.attention == "math" else "sdpa"
+    model = causal_lm.load_model(spec["base"]["folder"], dtype=_dtype(method, training), attention=attention)
+    causal_lm.check_model(model, packed=packed)
+    if method == "full":
+        return model, []
+    config = AdapterConfig.model_validate(spec["adapter"])
+    return model, adapters.add_adapters(model, config, dora=method == "dora", seed=training.seed)
+
+
+def _dtype(method: str, training: TrainingConfig) -> torch.dtype | None:
+    """Of the loaded base: what will be trained begins in full precision, a frozen base may stay as it was stored."""
+    import torch
+
+    if method == "full" or training.precision == "fp32":
+        return torch.float32
+    # Without autocast the base must compute in what the adapters are in.
+    return torch.bfloat16 if training.precision == "bf16-stochastic" else None
+
+
+def _loop(
+    supervised: SupervisedModel,
+    rows: InstructionRows,
+    held_out: InstructionRows,
+    ranks: RankContext,
+    spec: Mapping[str, Any],
+    training: TrainingConfig,
+    data_digest: str,
+) -> TrainingLoop:
     from modelmill.components.finetuning import adapters, causal_lm
     from modelmill.components.training.checkpoint import Checkpoints
     from modelmill.components.training.journal import Journal
     from modelmill.components.training.loop import TrainingData, TrainingLoop
-    from modelmill.components.training.prepare import prepare
 
-    instructions, method = Manifest.model_validate(spec["instructions"]), spec["method"]
-    config, base, output = AdapterConfig.model_validate(spec["adapter"]), spec["base"], Path(spec["output"])
-    rows, held_out = open_instructions(instructions, "train"), open_instructions(instructions, "validation")
-    events.progress("loading the base")
-    model = causal_lm.load_model(
-        base["folder"],
-        dtype=_dtype(method, training),
-        attention="eager" if training.attention == "math" else "sdpa",
-    )
-    causal_lm.check_model(model, packed=any(len(split.places) > len(split) for split in (rows, held_out)))
-    names: list[str] = []
-    if method != "full":
-        names = adapters.add_adapters(model, config, dora=method == "dora", seed=training.seed)
-    sizes = _sizes(model)
-    supervised = causal_lm.SupervisedModel(model)
-    prepare(supervised, ranks, training)
-    supervised.to(ranks.device)
-    torch.manual_seed(training.seed + ranks.data_rank)  # dropout; a checkpoint keeps the state
+    full = spec["method"] == "full"
+    ratio = 1.0 if full else AdapterConfig.model_validate(spec["adapter"]).learning_rate_ratio
+    batches = causal_lm.SupervisedBatches(rows, training.seed, training.global_batch_size)
     validation = causal_lm.stack_rows(held_out.take(slice(0, training.validation_rows)))
-    ratio = 1.0 if method == "full" else config.learning_rate_ratio
-    loop = TrainingLoop(
+    deciding = [spec["base"]["digest"], spec["method"], None if full else spec["adapter"], training.deciding()]
+    return TrainingLoop(
         model=supervised,
         objective=causal_lm.supervised_loss,
-        data=TrainingData(
-            causal_lm.SupervisedBatches(rows, training.seed, training.global_batch_size),
-            validation,
-            held_out.targets[: len(validation)],
-        ),
+        data=TrainingData(batches, validation, held_out.targets[: len(validation)]),
         config=training,
         ranks=ranks,
         checkpoints=Checkpoints(
             ranks.scratch / "checkpoints",
-            digest=_digest(
-                [base["digest"], method, names and spec["adapter"], training.deciding(), instructions.digest]
-            ),
+            digest=_digest([*deciding, data_digest]),
             keep=training.keep_checkpoints,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -245,34 +284,21 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
         journal=Journal(ranks.scratch / HISTORY, training.steps, enabled=ranks.is_main),
         rate_scale=lambda name: ratio if adapters.is_output_matrix(name) else 1.0,
     )
-    start = time.time() - float(os.environ[LAUNCHED_VARIABLE])
-    metrics = {"start_seconds": start, **loop.run()}
-    counts = {
-        **sizes,
-        "steps": loop.progress.step,
-        "tokens": loop.progress.tokens,
-        "world_size": ranks.world_size,
-    }
-    began = time.perf_counter()
-    folder = output / (MODEL_FOLDER if method == "full" else ADAPTER_FOLDER)
+
+
+def _export(supervised: SupervisedModel, names: list[str], spec: Mapping[str, Any], *, wanted: bool) -> Path:
+    """Write what was trained; returns its folder. Called by all ranks together, one of them writes."""
+    from modelmill.components.finetuning import adapters
+
+    output, base, method = Path(spec["output"]), spec["base"], spec["method"]
     if method == "full":
-        export_model(supervised, folder, Path(base["folder"]), wanted=ranks.is_main)
-    else:
-        weights = adapters.gather_adapters(model, ranks.is_main)
-        if ranks.is_main:
-            adapters.write_adapter(folder, weights, config, dora=method == "dora", names=names, base=base["name"])
-    if not ranks.is_main:
-        return TrainingResult(counts=counts, metrics=metrics)
-    shutil.copyfile(ranks.scratch / HISTORY, output / HISTORY)
-    metrics["export_seconds"] = time.perf_counter() - began
-    return TrainingResult(counts=counts, metrics=metrics, metadata={"weights_digest": weights_digest(folder)})
-
-
-def _dtype(method: str, training: TrainingConfig) -> torch.dtype | None:
-    """Of the loaded base: what will be trained begins in full precision, a frozen base stays as it was stored."""
-    import torch
-
-    return torch.float32 if method == "full" or training.precision == "fp32" else None
+        export_model(supervised, output / MODEL_FOLDER, Path(base["folder"]), wanted=wanted)
+        return output / MODEL_FOLDER
+    weights, folder = adapters.gather_adapters(supervised.model, wanted), output / ADAPTER_FOLDER
+    if wanted:
+        config = AdapterConfig.model_validate(spec["adapter"])
+        adapters.write_adapter(folder, weights, config, dora=method == "dora", names=names, base=base["name"])
+    return folder
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -290,14 +316,18 @@ def export_model(supervised: SupervisedModel, folder: Path, base: Path, *, wante
         base: whose tokenizer is copied.
         wanted: whether this rank writes.
     """
+    import torch
+    from torch import Tensor
     from torch.distributed.tensor import DTensor
 
-    model, state = supervised.model, {}
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if wanted:
-            state[name] = whole.detach().cpu()
+    model, gathered = supervised.model, dict[Tensor, Tensor]()
+    state = model.state_dict(keep_vars=True)
+    for tensor in state.values():
+        if tensor not in gathered:  # one that has two names, as a tied head, is one tensor in the file too
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered[tensor] = whole.detach().cpu() if wanted else torch.empty(0)
     if wanted:
+        state = {name: gathered[tensor] for name, tensor in state.items()}
         model.save_pretrained(str(folder), state_dict=state)
         copy_tokenizer(base, folder)
 

@@ -25,12 +25,22 @@ def half(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def in_fp64(folder: Path, **changes: object) -> Path:
     """A model stored in fp64 whose norms compute in it too, unlike Llama's; its linear layers have biases."""
-    folder = make_base(tmp_path_factory.mktemp("bases") / "exact", GPTNeoXForCausalLM, use_parallel_residual=True)
+    make_base(folder, GPTNeoXForCausalLM, use_parallel_residual=True, **changes)
     AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64).save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return in_fp64(tmp_path_factory.mktemp("bases") / "exact")
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one table for the embedding and the head."""
+    return in_fp64(tmp_path_factory.mktemp("bases") / "tied", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,11 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora in other cuts": ("exact", {"parallel": SHARDS, "micro_batch_size": 1, "activation_memory": "full"}),
     "dora on shards": ("exact", {"parallel": SHARDS, "method": "dora"}),
     "full on shards": ("exact", {"parallel": SHARDS, "method": "full"}),
+    "tied on shards": ("tied", {"parallel": SHARDS, "method": "full"}),
     "lora on llama shards": ("llama", {"parallel": SHARDS}),
     "half on shards": ("half", {"parallel": SHARDS, "precision": "bf16-mixed"}),
     "half on copies": ("half", {"parallel": COPIES, "precision": "bf16-mixed"}),
+    "bf16 weights on shards": ("llama", {"parallel": SHARDS, "precision": "bf16-stochastic"}),
     "dropout": ("llama", DROPOUT),
 }
 

@@ -20,8 +20,8 @@ from tests.components.training.runs import history, single_rank
 
 
 @pytest.fixture(scope="module")
-def bases(exact: Path, llama: Path, half: Path) -> dict[str, Path]:
-    return {"exact": exact, "llama": llama, "half": half}
+def bases(exact: Path, tied: Path, llama: Path, half: Path) -> dict[str, Path]:
+    return {"exact": exact, "tied": tied, "llama": llama, "half": half}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def trained(scratch: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-@pytest.mark.parametrize("name", [name for name, (base, _) in runs.SCENARIOS.items() if base == "exact"])
+@pytest.mark.parametrize("name", [name for name, (base, _) in runs.SCENARIOS.items() if base in ("exact", "tied")])
 def test_every_layout_is_one_trajectory(
     launched: tuple[Path, dict[str, Any]], bases: dict[str, Path], instructions: Manifest, tmp_path: Path, name: str
 ) -> None:
@@ -86,6 +86,9 @@ def test_a_base_in_bf16_stays_so_and_its_adapter_is_fp32(
     for name in ("half on shards", "half on copies"):
         assert losses[name] == pytest.approx(losses["one"], abs=0.02)
     assert losses["one"][0] > losses["one"][-1]
+    narrow = launched[0] / "bf16 weights on shards"
+    assert {value.dtype for value in trained(narrow).values()} == {torch.bfloat16}
+    assert [record["loss"] for record in history(narrow) if "loss" in record] == pytest.approx(losses["one"], abs=0.1)
 
 
 def test_a_stopped_run_ends_with_the_same_bits(launched: tuple[Path, dict[str, Any]]) -> None:
