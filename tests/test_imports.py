@@ -68,6 +68,11 @@ def test_core_imports_neither_torch_nor_kfp_nor_mlflow() -> None:
     assert not loaded_by(statement) & {"torch", "kfp", "mlflow", "transformers", "numpy", "pyarrow"}
 
 
+def test_the_process_of_a_fine_tuning_step_imports_no_torch() -> None:
+    heavy = {"torch", "kfp", "mlflow", "transformers"}
+    assert not loaded_by("import modelmill.components.finetuning.finetune") & heavy
+
+
 def test_recipe_types_import_neither_torch_nor_kfp_nor_mlflow() -> None:
     heavy = {"torch", "kfp", "mlflow", "transformers", "pyarrow", "datasets"}
     assert not loaded_by("import modelmill.pipelines.recipes.llama_pretrain") & heavy

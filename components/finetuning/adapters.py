@@ -30,6 +30,17 @@ from modelmill.components.training.initialize import init_uniform
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every name in a peft file
+# Settings of peft that change what an adapter computes, and the values with which it is what it is here.
+_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+}
 _OUTPUT = "lora_B.weight"  # the matrix that LoRA+ trains faster
 
 
@@ -200,10 +211,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
 
     Args:
         model: the base, on the CPU.
-        folder: from `write_adapter`.
+        folder: from `write_adapter`, or of peft with the same settings.
 
     Raises:
-        UserError: the folder holds no such adapter, or one that does not fit the model.
+        UserError: the folder holds no LoRA adapter, one with settings that are not implemented, or one that does not
+            fit the model.
     """
     try:
         record = json.loads((folder / CONFIG_NAME).read_bytes())
@@ -212,6 +224,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"adapter: {folder} holds no LoRA adapter ({error}); give the output of finetune") from None
+    for key, plain in _PLAIN.items():
+        if record.get(key, plain) not in (plain, None):
+            raise UserError(
+                f"adapter: {folder} has {key} {record[key]!r}, which is not implemented; merge it with peft"
+            )
     add_adapters(model, config, dora=bool(record.get("use_dora")), seed=0)
     targets = {
         f"{_PREFIX}{name}.{own}": parameter

@@ -94,6 +94,13 @@ def test_merging_is_refused_where_it_would_be_wrong(
         merged(llama, adapter, instructions.model_copy(update={"counts": none}), tmp_path / "3" / "data")
     with pytest.raises(UserError, match="is of kind model"):
         merged(llama, adapter.model_copy(update={"kind": "model"}), instructions, tmp_path / "4" / "data")
+    path = adapter.path("adapter/adapter_config.json")
+    settings = path.read_text()
+    path.write_text(json.dumps({**json.loads(settings), "use_rslora": True}))
+    scaled = Manifest.describe(tmp_path / "run" / "data", kind="adapter", metadata=adapter.metadata)
+    with pytest.raises(UserError, match="has use_rslora True, which is not implemented"):
+        merged(llama, scaled, instructions, tmp_path / "6" / "data")
+    path.write_text(settings)
     path = adapter.path("adapter/adapter_model.safetensors")
     weights = load_file(path)
     weights.pop(sorted(weights)[0])
