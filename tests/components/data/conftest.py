@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from moto.server import ThreadedMotoServer
 
 from modelmill.components.core.events import STEP_VARIABLE
 from modelmill.components.core.home import HOME_VARIABLE, Home
@@ -74,3 +75,13 @@ def corpus(shared: Path) -> Manifest:
 def tokenizer(shared: Path, corpus: Manifest) -> Manifest:
     """A byte-level BPE of 1,024 entries trained on that corpus."""
     return produce_in(shared / "tokenizer", train_tokenizer, TokenizerConfig(vocab_size=1024), corpus=corpus)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The URL of a local S3 server."""
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
@@ -21,15 +19,6 @@ from tests.components.data.test_corpus import everything, sentence
 
 BUCKET = "modelmill-test-data"
 TEXTS = [sentence(number) for number in range(60)]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
 
 
 @pytest.fixture
