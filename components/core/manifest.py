@@ -29,6 +29,11 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def json_digest(value: Any) -> str:
+    """sha256 of a JSON value in its canonical form."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
 class FileEntry(BaseModel):
     """One file of an artifact, its path relative to the manifest's `uri`."""
 
@@ -74,7 +79,7 @@ class Manifest(BaseModel):
     def digest(self) -> str:
         """SHA-256 over the content: kind, files, counts and metadata, not the place or the time."""
         content = self.model_dump(include={"kind", "files", "counts", "metadata"}, mode="json")
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+        return json_digest(content)
 
     @property
     def total_bytes(self) -> int:

@@ -7,7 +7,6 @@ puts sections together (`pipelines/recipes/`). Here is what they share.
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.core.manifest import canonical_json
+from modelmill.components.core.manifest import json_digest
 
 
 class Section(BaseModel):
@@ -63,7 +62,7 @@ class Recipe(Section):
     def hash(self) -> str:
         """Digest (16 hex digits) of everything that decides the run; name and description do not."""
         content = self.model_dump(mode="json", exclude={"name", "description"})
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
+        return json_digest(content)[:16]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ never computed twice; an unfinished one keeps its folder, so that a step with ch
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import inspect
 import json
 import logging
@@ -35,7 +34,7 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.code import code_digest
 from modelmill.components.core.errors import UserError, disk_error
 from modelmill.components.core.home import Home
-from modelmill.components.core.manifest import Manifest, canonical_json
+from modelmill.components.core.manifest import Manifest, canonical_json, json_digest
 
 RECIPE_VARIABLE = "MODELMILL_RECIPE_HASH"
 FINISHED_VARIABLE = "MODELMILL_FINISHED_STEPS"  # steps that finished in the run this one resumes, with commas
@@ -100,7 +99,7 @@ def section(step: str, config: BaseModel, function: StepFunction | str, fingerpr
 
 def output_key(section_json: str, upstream: Mapping[str, str]) -> str:
     """Key of a step's output (24 hex digits) from its section and the digests of its inputs by name."""
-    return hashlib.sha256(canonical_json([json.loads(section_json), dict(upstream)]).encode()).hexdigest()[:24]
+    return json_digest([json.loads(section_json), dict(upstream)])[:24]
 
 
 def finished_manifest(store: Path, step: str, key: str) -> Manifest | None:

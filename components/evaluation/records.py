@@ -20,7 +20,6 @@ one, they must agree, for scores against different references cannot be compared
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.core.manifest import Manifest, canonical_json
+from modelmill.components.core.manifest import Manifest, json_digest
 
 GENERATIONS_FILE, SCORES_FILE = "generations.jsonl", "scores.jsonl"
 
@@ -49,7 +48,7 @@ class Generation:
     @property
     def references_digest(self) -> str:
         """16 hex digits that are the same for the same references in the same order."""
-        return hashlib.sha256(canonical_json(self.references).encode()).hexdigest()[:16]
+        return json_digest(self.references)[:16]
 
 
 @dataclass(frozen=True)

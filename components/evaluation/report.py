@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #12803c; --bad: #c5221f; --flat: #9a6700; }
-@media (prefers-color-scheme: dark) { :root { --good: #5bd48a; --bad: #ff8a80; --flat: #ffc766; } }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; }
-p.note { opacity: .75; font-size: .875rem; margin: .5rem 0; max-width: 48rem; }
-.verdict { border-left: .3rem solid; padding: .6rem 1rem; margin: 1.25rem 0; background: var(--soft);
-  font-size: 1.1rem; }
-.verdict.better { border-color: var(--good); } .verdict.worse { border-color: var(--bad); }
-.verdict.unclear { border-color: var(--flat); }
-.numbers { display: flex; flex-wrap: wrap; gap: .75rem; }
-.numbers div { flex: 1 1 8.5rem; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .9rem; }
-.numbers b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.numbers span { opacity: .75; font-size: .85rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .925rem; }
-th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; }
-table.facts td { text-align: left; overflow-wrap: anywhere; } table.facts td:first-child { white-space: nowrap; }
-td.better { color: var(--good); } td.worse { color: var(--bad); }
-svg { display: block; width: 100%; height: auto; margin: .5rem 0; }
-figure { margin: 0 0 1.25rem; } figcaption { font-size: .875rem; opacity: .75; }
-.sample { border: 1px solid var(--line); border-radius: .4rem; margin: 0 0 1rem; padding: .25rem 1rem .75rem; }
-.sample h3 { font-size: .8rem; font-weight: 600; margin: .75rem 0 .2rem; opacity: .75; }
-.text { font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15rem;
-  overflow-y: auto; }
-.text mark { background: #4c8bf533; color: inherit; border-radius: .2rem; }
-code { font: .85em ui-monospace, monospace; }
-"""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from modelmill.components.evaluation.page import page, text
+
 _NAMES = {"model": "this model", "bigram": "Kneser-Ney bigram", "unigram": "unigram", "uniform": "uniform guess"}
 
 
@@ -82,10 +52,9 @@ def render_report(
     """
     level, sentence = verdict(evaluation)
     parts = [
-        "<h1>Held-out evaluation</h1>",
-        f"<p class=note>Weights <code>{_text(evaluation['provenance']['weights_digest'])[:16]}</code>, "
+        f"<p class=note>Weights <code>{text(evaluation['provenance']['weights_digest'])[:16]}</code>, "
         f"{evaluation['scored']['tokens']:,} tokens of text the model was not trained on.</p>",
-        f'<div class="verdict {level}">{_text(sentence)}</div>',
+        f'<div class="verdict {level}">{text(sentence)}</div>',
         _cards(evaluation),
         "<h2>Training</h2>",
         _curves(evaluation, figures),
@@ -96,18 +65,7 @@ def render_report(
         "<h2>Where it comes from</h2>",
         _facts(evaluation),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Held-out evaluation</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _text(value: object) -> str:
-    """Text that cannot become markup; control characters, which a small model does write, are made visible."""
-    return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)))
+    return page("Held-out evaluation", parts)
 
 
 def _cards(evaluation: Mapping[str, Any]) -> str:
@@ -128,15 +86,15 @@ def _curves(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         return "<p class=note>The model came without a training history.</p>"
     held_out = bool(evaluation["validation"])
     shown = "dashed: the baselines on the validation split" if held_out else "no validation split to put baselines on"
-    page = (
+    shapes = (
         f"<figure>{figures['loss']}<figcaption>Loss by optimizer step; {shown}.</figcaption></figure>"
         f"<figure>{figures['learning_rate']}<figcaption>Learning rate.</figcaption></figure>"
     )
     if "grad_norm" in figures:
-        page += (
+        shapes += (
             f"<figure>{figures['grad_norm']}<figcaption>Norm of the gradient before clipping.</figcaption></figure>"
         )
-    return page
+    return shapes
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
@@ -151,7 +109,7 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
         error = f" ± {score['standard_error']:.3f}" if "standard_error" in score else ""
         cells = [f"{score['loss']:.3f}{error}", f"{score['perplexity']:,.2f}", f"{score['bits_per_byte']:.3f}"]
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f"<tr><td>{_text(_NAMES.get(name, name))}</td>{numbers}<td class='{kind}'>{gap}</td></tr>")
+        rows.append(f"<tr><td>{text(_NAMES.get(name, name))}</td>{numbers}<td class='{kind}'>{gap}</td></tr>")
     head = "<th>predictor</th><th>loss (nats/token)</th><th>perplexity</th><th>bits/byte</th><th>model minus it</th>"
     scored = evaluation["scored"]
     counted = evaluation["baselines"]
@@ -164,7 +122,7 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
         f"discounts {counted['discount']:.3f} and {counted['lower_discount']:.3f}.",
     ]
     table = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    return table + "".join(f"<p class=note>{_text(note)}</p>" for note in notes)
+    return table + "".join(f"<p class=note>{text(note)}</p>" for note in notes)
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -172,13 +130,13 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         return "<p class=note>No samples were asked for.</p>"
     parts = ["<p class=note>What the model was given, then, marked, what it wrote.</p>"]
     for sample in samples:
-        prompt = _text(sample["prompt"])
+        prompt = text(sample["prompt"])
         lines = []
         for continuation in sample["continuations"]:
-            lines.append(f"<h3>{_text(_method(continuation))}</h3>")
-            lines.append(f"<div class=text>{prompt}<mark>{_text(continuation['text'])}</mark></div>")
+            lines.append(f"<h3>{text(_method(continuation))}</h3>")
+            lines.append(f"<div class=text>{prompt}<mark>{text(continuation['text'])}</mark></div>")
         if sample["reference"] is not None:
-            lines.append(f"<h3>the document itself</h3><div class=text>{prompt}{_text(sample['reference'])}</div>")
+            lines.append(f"<h3>the document itself</h3><div class=text>{prompt}{text(sample['reference'])}</div>")
         parts.append(f"<div class=sample>{''.join(lines)}</div>")
     return "\n".join(parts)
 
@@ -192,7 +150,7 @@ def _method(continuation: Mapping[str, Any]) -> str:
 
 def _facts(evaluation: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{_text(name.replace('_', ' '))}</td><td>{_fact(value)}</td></tr>"
+        f"<tr><td>{text(name.replace('_', ' '))}</td><td>{_fact(value)}</td></tr>"
         for name, value in evaluation["provenance"].items()
         if value not in ("", None)
     )
@@ -200,4 +158,4 @@ def _facts(evaluation: Mapping[str, Any]) -> str:
 
 
 def _fact(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"<code>{_text(value)}</code>"
+    return f"{value:,}" if isinstance(value, int) else f"<code>{text(value)}</code>"

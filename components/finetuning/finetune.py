@@ -6,7 +6,6 @@ module once a rank. `python -m modelmill.components.finetuning.finetune JOB.json
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
-from modelmill.components.core.manifest import Manifest, canonical_json
+from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.instruction_rows import open_instructions
 from modelmill.components.finetuning.base import find_base, read_model_config
 from modelmill.components.finetuning.config import AdapterConfig, FinetuneConfig
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.journal import HISTORY, Journal, track_outcome
 from modelmill.components.training.launch import (
     LAUNCHED_VARIABLE,
     Launcher,
@@ -43,10 +43,8 @@ if TYPE_CHECKING:
     from modelmill.components.training.loop import TrainingLoop
 
 MODULE = "modelmill.components.finetuning.finetune"
-HISTORY = "history.jsonl"
 BASE = "finetune.base"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
-SERIES = ("tokens_per_second", "tokens_per_second_per_device", "grad_norm", "validation_loss")
 logger = logging.getLogger("modelmill")
 
 
@@ -104,9 +102,7 @@ def finetune(
         scratch=output.parent.absolute(),
     )
     result = place.launch(job)
-    tracking.log_artifact(output / HISTORY)
-    summary = {name: value for name, value in result.metrics.items() if name not in SERIES}
-    tracking.log_metrics(summary, step=training.steps)
+    track_outcome(output, result.metrics, training.steps)
     metadata = {
         **result.metadata,
         "method": config.method,
@@ -260,7 +256,6 @@ def _loop(
 ) -> TrainingLoop:
     from modelmill.components.finetuning import adapters, causal_lm
     from modelmill.components.training.checkpoint import Checkpoints
-    from modelmill.components.training.journal import Journal
     from modelmill.components.training.loop import TrainingData, TrainingLoop
 
     full = spec["method"] == "full"
@@ -276,7 +271,7 @@ def _loop(
         ranks=ranks,
         checkpoints=Checkpoints(
             ranks.scratch / "checkpoints",
-            digest=_digest([*deciding, data_digest]),
+            digest=json_digest([*deciding, data_digest]),
             keep=training.keep_checkpoints,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -339,10 +334,6 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 if __name__ == "__main__":

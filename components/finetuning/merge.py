@@ -17,7 +17,8 @@ from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.instruction_rows import InstructionBatch, open_instructions
 from modelmill.components.finetuning.base import Base, find_base
 from modelmill.components.finetuning.config import MergeConfig
-from modelmill.components.finetuning.finetune import ADAPTER_FOLDER, HISTORY, MODEL_FOLDER, copy_tokenizer
+from modelmill.components.finetuning.finetune import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
+from modelmill.components.training.journal import HISTORY
 
 if TYPE_CHECKING:
     from torch import Tensor

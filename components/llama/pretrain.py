@@ -6,7 +6,6 @@ turns the result record into the artifact. `python -m modelmill.components.llama
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core import tracking
 from modelmill.components.core.errors import UserError
-from modelmill.components.core.manifest import Manifest, canonical_json
+from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.llama.config import LlamaConfig, PretrainConfig, layout_problem
 from modelmill.components.training.config import TrainingConfig, check_run
+from modelmill.components.training.journal import HISTORY, Journal, track_outcome
 from modelmill.components.training.launch import (
     LAUNCHED_VARIABLE,
     Launcher,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from modelmill.components.training.loop import Objective
 
 MODULE = "modelmill.components.llama.pretrain"
-HISTORY = "history.jsonl"
-SERIES = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "grad_norm", "validation_loss")
 logger = logging.getLogger("modelmill")
 
 
@@ -89,10 +87,7 @@ def pretrain(
         scratch=output.parent.absolute(),
     )
     result = place.launch(job)
-    tracking.log_artifact(output / HISTORY)
-    # Throughput and losses are series already; a second last point would double them.
-    summary = {name: value for name, value in result.metrics.items() if name not in SERIES}
-    tracking.log_metrics(summary, step=training.steps)
+    track_outcome(output, result.metrics, training.steps)
     metadata = {**result.metadata, "dataset_digest": tokens.digest, "tokenizer_digest": tokenizer.digest}
     return StepResult(kind="model", counts=result.counts, metrics=result.metrics, metadata=metadata)
 
@@ -154,7 +149,6 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     from modelmill.components.llama.model import LlamaDecoder
     from modelmill.components.training.checkpoint import Checkpoints
     from modelmill.components.training.estimate import peak_flops
-    from modelmill.components.training.journal import Journal
     from modelmill.components.training.loop import TrainingData, TrainingLoop
     from modelmill.components.training.prepare import prepare
 
@@ -175,7 +169,7 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
         ranks=ranks,
         checkpoints=Checkpoints(
             ranks.scratch / "checkpoints",
-            digest=_digest([spec["model"], training.deciding(), tokens.digest]),
+            digest=json_digest([spec["model"], training.deciding(), tokens.digest]),
             keep=training.keep_checkpoints,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -232,10 +226,6 @@ def _attention(
         deterministic=training.deterministic,
     )
     return select(training.attention, needs, most_documents=most)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,27 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modelmill.components.core import events, tracking
 
+HISTORY = "history.jsonl"
+_SERIES = {"tokens_per_second", "tokens_per_second_per_device", "mfu", "grad_norm", "validation_loss"}
 logger = logging.getLogger("modelmill")
+
+
+def track_outcome(output: Path, metrics: Mapping[str, float], steps: int) -> None:
+    """Track what a finished job left: its history, and the metrics that are one number and no series.
+
+    Args:
+        output: the artifact's folder, with `history.jsonl`.
+        metrics: of the job's result. Throughput and losses are series already; a second last point would double them.
+        steps: optimizer steps of the job.
+    """
+    tracking.log_artifact(output / HISTORY)
+    tracking.log_metrics({name: value for name, value in metrics.items() if name not in _SERIES}, step=steps)
 
 
 class Journal:
