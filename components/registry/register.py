@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger("modelmill")
-_RUN_SECONDS = 5.0  # for the delivery process to open this step's run in MLflow
+_RUN_SECONDS = 30.0  # for the delivery process to open this step's run in MLflow; importing it alone takes seconds
 _DIGEST_TAG = "weights_digest"
 _HEADLINES = ("test_loss", "perplexity", "bits_per_byte", "bigram_bits_per_byte", "unigram_bits_per_byte")
 
