@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := core,train,kfp,track,eval,dev
+EXTRAS := core,train,kfp,track,eval,finetune,forecast,aws,dev
 STAMP := $(VENV)/.installed
 
 export PYTHONDONTWRITEBYTECODE ?= 1

@@ -9,20 +9,11 @@ from modelmill.components.core.images import image
 def finetune(
     section: str, instructions: dsl.Input[dsl.Dataset], base: dsl.Input[dsl.Model], manifest: dsl.Output[dsl.Model]
 ) -> None:
-    """Train an adapter for an earlier step's model, or all its weights, on several processes."""
+    """Train an adapter for a model, or all its weights, on several processes."""
     from modelmill.components.core.step import run_step
     from modelmill.components.finetuning.finetune import finetune as step
 
     run_step(step, section, {"instructions": instructions.path, "base": base.path}, {"manifest": manifest.path})
-
-
-@dsl.component(base_image=image("cpu"), install_kfp_package=False)
-def finetune_named(section: str, instructions: dsl.Input[dsl.Dataset], manifest: dsl.Output[dsl.Model]) -> None:
-    """The same for the model that the section names: a folder, a registry alias or an id of the Hub."""
-    from modelmill.components.core.step import run_step
-    from modelmill.components.finetuning.finetune import finetune as step
-
-    run_step(step, section, {"instructions": instructions.path}, {"manifest": manifest.path})
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)
@@ -33,23 +24,9 @@ def merge_adapter(
     base: dsl.Input[dsl.Model],
     manifest: dsl.Output[dsl.Model],
 ) -> None:
-    """Merge an adapter into an earlier step's model and check that the logits stay."""
+    """Merge an adapter into its base and check that the logits stay."""
     from modelmill.components.core.step import run_step
     from modelmill.components.finetuning.merge import merge_adapter as step
 
     inputs = {"adapter": adapter.path, "instructions": instructions.path, "base": base.path}
     run_step(step, section, inputs, {"manifest": manifest.path})
-
-
-@dsl.component(base_image=image("cpu"), install_kfp_package=False)
-def merge_adapter_named(
-    section: str,
-    adapter: dsl.Input[dsl.Model],
-    instructions: dsl.Input[dsl.Dataset],
-    manifest: dsl.Output[dsl.Model],
-) -> None:
-    """The same for the base that the section names."""
-    from modelmill.components.core.step import run_step
-    from modelmill.components.finetuning.merge import merge_adapter as step
-
-    run_step(step, section, {"adapter": adapter.path, "instructions": instructions.path}, {"manifest": manifest.path})

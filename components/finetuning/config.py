@@ -40,11 +40,6 @@ class AdapterConfig(Section):
 class FinetuneConfig(Section):
     """Section of the fine-tuning step."""
 
-    base: str | None = Field(
-        default=None,
-        description="The model to start from: a local folder, models:/<name>@<alias> of the registry, or hf:<id> with"
-        " an optional @<revision>. Left out, it is the model an earlier step of the pipeline made.",
-    )
     method: Method = Field(
         default="lora",
         description="full (all weights), lora, dora (lengths and low-rank directions), or qlora (over 4-bit weights).",
@@ -82,10 +77,6 @@ class FinetuneConfig(Section):
 class MergeConfig(Section):
     """Section of the step that merges an adapter into its base."""
 
-    base: str | None = Field(
-        default=None,
-        description="The adapter's base, as in the fine-tuning section; left out, an earlier step's model.",
-    )
     rows: PositiveInt = Field(
         default=4, description="Held-out rows on which the merged model must give the logits of base and adapter."
     )

@@ -21,8 +21,9 @@ from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.instruction_rows import open_instructions
-from modelmill.components.finetuning.base import find_base, read_model_config
+from modelmill.components.finetuning.base import open_base, read_model_config
 from modelmill.components.finetuning.config import AdapterConfig, FinetuneConfig
+from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.journal import HISTORY, Journal, track_outcome
 from modelmill.components.training.launch import (
@@ -35,16 +36,11 @@ from modelmill.components.training.launch import (
 from modelmill.components.training.worker import RankContext, run_rank
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
     from modelmill.components.data.instruction_rows import InstructionRows
     from modelmill.components.finetuning.causal_lm import SupervisedModel
     from modelmill.components.training.loop import TrainingLoop
 
 MODULE = "modelmill.components.finetuning.finetune"
-BASE = "finetune.base"
-ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 logger = logging.getLogger("modelmill")
 
 
@@ -54,7 +50,7 @@ def finetune(
     output: Path,
     *,
     instructions: Manifest,
-    base: Manifest | None = None,
+    base: Manifest,
     launcher: Launcher | None = None,
 ) -> StepResult:
     """Train a causal language model, or an adapter for it, on packed conversations.
@@ -64,10 +60,10 @@ def finetune(
     Checkpoints hold what is trained; they lie beside `output`, and a second call goes on from the newest.
 
     Args:
-        config: base, method and training.
+        config: method and training.
         output: the artifact's folder.
         instructions: manifest of `prepare_instructions`, made with the base's tokenizer.
-        base: manifest of an earlier step that exported `model/`; or None, and `config.base` names one.
+        base: manifest of the model to start from, `fetch_model`'s or one that an earlier step made.
         launcher: where the training processes run; default this machine.
 
     Returns:
@@ -81,8 +77,8 @@ def finetune(
     """
     training, place = config.training, launcher or LocalLauncher()
     refuse_missing_method(config.method)
-    found = find_base(config.base, base, output.parent, BASE)
-    check_data(read_model_config(found, BASE), training, instructions)
+    found = open_base(base)
+    check_data(read_model_config(found), training, instructions)
     place.check(training)
     for name in (ADAPTER_FOLDER, MODEL_FOLDER):
         shutil.rmtree(output / name, ignore_errors=True)  # an export that was cut off
@@ -195,14 +191,16 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     """What one rank does: load, adapt, train, and take part in the export that rank 0 writes."""
     import torch
 
+    from modelmill.components.finetuning import trained_model
     from modelmill.components.finetuning.causal_lm import SupervisedModel
     from modelmill.components.training.prepare import prepare
 
     instructions = Manifest.model_validate(spec["instructions"])
     rows, held_out = open_instructions(instructions, "train"), open_instructions(instructions, "validation")
     events.progress("loading the base")
-    model, names = _load(spec, training, packed=any(len(split.places) > len(split) for split in (rows, held_out)))
-    sizes = _sizes(model)
+    packed = any(len(split.places) > len(split) for split in (rows, held_out))
+    model, names = trained_model.load(spec, training, packed=packed)
+    sizes = trained_model.sizes(model)
     supervised = SupervisedModel(model)
     prepare(supervised, ranks, training)
     supervised.to(ranks.device)
@@ -212,37 +210,13 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     metrics = {"start_seconds": start, **loop.run()}
     progress = {"steps": loop.progress.step, "tokens": loop.progress.tokens, "world_size": ranks.world_size}
     began = time.perf_counter()
-    folder = _export(supervised, names, spec, wanted=ranks.is_main)
+    folder = trained_model.export(supervised, names, spec, wanted=ranks.is_main)
     result = TrainingResult(counts={**sizes, **progress}, metrics=metrics)
     if ranks.is_main:
         shutil.copyfile(ranks.scratch / HISTORY, Path(spec["output"]) / HISTORY)
         result.metrics["export_seconds"] = time.perf_counter() - began
         result.metadata["weights_digest"] = weights_digest(folder)
     return result
-
-
-def _load(spec: Mapping[str, Any], training: TrainingConfig, *, packed: bool) -> tuple[PreTrainedModel, list[str]]:
-    """The base, with adapters where the method has them, and the names of the layers that got one."""
-    from modelmill.components.finetuning import adapters, causal_lm
-
-    method = spec["method"]
-    attention = "eager" if training.attention == "math" else "sdpa"
-    model = causal_lm.load_model(spec["base"]["folder"], dtype=_dtype(method, training), attention=attention)
-    causal_lm.check_model(model, packed=packed)
-    if method == "full":
-        return model, []
-    config = AdapterConfig.model_validate(spec["adapter"])
-    return model, adapters.add_adapters(model, config, dora=method == "dora", seed=training.seed)
-
-
-def _dtype(method: str, training: TrainingConfig) -> torch.dtype | None:
-    """Of the loaded base: what will be trained begins in full precision, a frozen base may stay as it was stored."""
-    import torch
-
-    if method == "full" or training.precision == "fp32":
-        return torch.float32
-    # Without autocast the base must compute in what the adapters are in.
-    return torch.bfloat16 if training.precision == "bf16-stochastic" else None
 
 
 def _loop(
@@ -279,61 +253,6 @@ def _loop(
         journal=Journal(ranks.scratch / HISTORY, training.steps, enabled=ranks.is_main),
         rate_scale=lambda name: ratio if adapters.is_output_matrix(name) else 1.0,
     )
-
-
-def _export(supervised: SupervisedModel, names: list[str], spec: Mapping[str, Any], *, wanted: bool) -> Path:
-    """Write what was trained; returns its folder. Called by all ranks together, one of them writes."""
-    from modelmill.components.finetuning import adapters
-
-    output, base, method = Path(spec["output"]), spec["base"], spec["method"]
-    if method == "full":
-        export_model(supervised, output / MODEL_FOLDER, Path(base["folder"]), wanted=wanted)
-        return output / MODEL_FOLDER
-    weights, folder = adapters.gather_adapters(supervised.model, wanted), output / ADAPTER_FOLDER
-    if wanted:
-        config = AdapterConfig.model_validate(spec["adapter"])
-        adapters.write_adapter(folder, weights, config, dora=method == "dora", names=names, base=base["name"])
-    return folder
-
-
-def _sizes(model: PreTrainedModel) -> dict[str, int]:
-    parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return {"parameters": sum(parameter.numel() for parameter in parameters), "trained_parameters": trained}
-
-
-def export_model(supervised: SupervisedModel, folder: Path, base: Path, *, wanted: bool) -> None:
-    """Write a Hugging Face folder with the base's tokenizer; called by all ranks together, one of them writes.
-
-    Args:
-        supervised: on any layout.
-        folder: made if missing.
-        base: whose tokenizer is copied.
-        wanted: whether this rank writes.
-    """
-    import torch
-    from torch import Tensor
-    from torch.distributed.tensor import DTensor
-
-    model, gathered = supervised.model, dict[Tensor, Tensor]()
-    state = model.state_dict(keep_vars=True)
-    for tensor in state.values():
-        if tensor not in gathered:  # one that has two names, as a tied head, is one tensor in the file too
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            gathered[tensor] = whole.detach().cpu() if wanted else torch.empty(0)
-    if wanted:
-        state = {name: gathered[tensor] for name, tensor in state.items()}
-        model.save_pretrained(str(folder), state_dict=state)
-        copy_tokenizer(base, folder)
-
-
-def copy_tokenizer(base: Path, folder: Path) -> None:
-    """Copy the tokenizer's files of a Hugging Face folder into another."""
-    from modelmill.components.llama.huggingface import TOKENIZER_FILES
-
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,20 @@ from modelmill.components.core.step import StepResult
 from modelmill.components.core.uri import local_path
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.instruction_rows import InstructionBatch, open_instructions
-from modelmill.components.finetuning.base import Base, find_base
+from modelmill.components.finetuning.base import Base, open_base
 from modelmill.components.finetuning.config import MergeConfig
-from modelmill.components.finetuning.finetune import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
+from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
 from modelmill.components.training.journal import HISTORY
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-_PARAMETER = "merge.base"
 logger = logging.getLogger("modelmill")
 
 
 def merge_adapter(
-    config: MergeConfig, output: Path, *, adapter: Manifest, instructions: Manifest, base: Manifest | None = None
+    config: MergeConfig, output: Path, *, adapter: Manifest, instructions: Manifest, base: Manifest
 ) -> StepResult:
     """Add an adapter to the weights of its base and check the logits on held-out rows.
 
@@ -39,12 +38,12 @@ def merge_adapter(
     precision is the one of the check.
 
     Args:
-        config: base, rows and tolerance.
+        config: rows and tolerance.
         output: an empty folder.
         adapter: manifest of `finetune`.
         instructions: manifest of `prepare_instructions`; rows of its validation split, or the test split where that is
             empty.
-        base: manifest of the model the adapter was trained on; or None, and `config.base` names it.
+        base: manifest of the model the adapter was trained on.
 
     Returns:
         kind `model`; metrics `logits_difference` (merged against base and adapter) and `stored_difference` (as read
@@ -53,7 +52,7 @@ def merge_adapter(
     Raises:
         UserError: the adapter belongs to another base, there are no held-out rows, or the logits differ.
     """
-    found = find_base(config.base, base, output.parent, _PARAMETER)
+    found = open_base(base)
     _check_pair(adapter, found)
     batch = _held_out(instructions, config.rows)
     for entry in adapter.files:
@@ -93,7 +92,7 @@ def _check_pair(adapter: Manifest, base: Base) -> None:
     trained_on = str(adapter.metadata.get("base_digest", ""))
     if trained_on != base.digest:
         raise UserError(
-            f"{_PARAMETER}: {base.name} has the weights digest {base.digest[:16]}, and the adapter was trained on"
+            f"base: {base.name} has the weights digest {base.digest[:16]}, and the adapter was trained on"
             f" {adapter.metadata.get('base')} with {trained_on[:16]}; use that base"
         )
 

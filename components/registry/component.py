@@ -19,3 +19,12 @@ def register_model(
 
     outputs = {"manifest": manifest.path, "model_card.md": model_card.path}
     run_step(step, section, {"model": model.path, "evaluation": evaluation.path}, outputs)
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def fetch_model(section: str, manifest: dsl.Output[dsl.Model]) -> None:
+    """Take a model from a folder, the registry or the Hub, once for the whole pipeline."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.registry.fetch_model import fetch_model as step
+
+    run_step(step, section, {}, {"manifest": manifest.path})

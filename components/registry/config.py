@@ -26,6 +26,36 @@ WRITTEN_TAGS = (
 )
 
 
+class FetchModelConfig(Section):
+    """Which model a pipeline starts from."""
+
+    reference: str = Field(
+        min_length=1,
+        description="A local folder, models:/<name>@<alias> or models:/<name>/<version> of the registry, hf:<id> with"
+        " an optional @<revision>, or package:<import name>/<folder> for one that an installed package ships.",
+    )
+    otherwise: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Taken in its place while the registry has no such version, as before the first champion.",
+    )
+
+    def fingerprint(self) -> str:
+        """What the reference stands for now.
+
+        Raises:
+            UserError: it stands for nothing.
+        """
+        from modelmill.components.registry.model_source import NoSuchVersion, model_state
+
+        try:
+            return model_state(self.reference, "model.reference")
+        except NoSuchVersion:
+            if self.otherwise is None:
+                raise
+        return f"otherwise {model_state(self.otherwise, 'model.otherwise')}"
+
+
 class RegistryConfig(Section):
     """Under which name a model enters the MLflow registry."""
 

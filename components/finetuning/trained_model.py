@@ -1,0 +1,79 @@
+"""The model as a rank trains it: loaded, given adapters where the method has them, and written out at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from modelmill.components.finetuning import adapters, causal_lm
+from modelmill.components.finetuning.causal_lm import SupervisedModel
+from modelmill.components.finetuning.config import AdapterConfig
+from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
+from modelmill.components.training.config import TrainingConfig
+
+
+def load(spec: Mapping[str, Any], training: TrainingConfig, *, packed: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The base, with adapters where the method has them, and the names of the layers that got one."""
+    method = spec["method"]
+    attention = "eager" if training.attention == "math" else "sdpa"
+    model = causal_lm.load_model(spec["base"]["folder"], dtype=_dtype(method, training), attention=attention)
+    causal_lm.check_model(model, packed=packed)
+    if method == "full":
+        return model, []
+    config = AdapterConfig.model_validate(spec["adapter"])
+    return model, adapters.add_adapters(model, config, dora=method == "dora", seed=training.seed)
+
+
+def _dtype(method: str, training: TrainingConfig) -> torch.dtype | None:
+    """Of the loaded base: what will be trained begins in full precision, a frozen base may stay as it was stored."""
+    if method == "full" or training.precision == "fp32":
+        return torch.float32
+    # Without autocast the base must compute in what the adapters are in.
+    return torch.bfloat16 if training.precision == "bf16-stochastic" else None
+
+
+def export(supervised: SupervisedModel, names: list[str], spec: Mapping[str, Any], *, wanted: bool) -> Path:
+    """Write what was trained; returns its folder. Called by all ranks together, one of them writes."""
+    output, base, method = Path(spec["output"]), spec["base"], spec["method"]
+    if method == "full":
+        export_model(supervised, output / MODEL_FOLDER, Path(base["folder"]), wanted=wanted)
+        return output / MODEL_FOLDER
+    weights, folder = adapters.gather_adapters(supervised.model, wanted), output / ADAPTER_FOLDER
+    if wanted:
+        config = AdapterConfig.model_validate(spec["adapter"])
+        adapters.write_adapter(folder, weights, config, dora=method == "dora", names=names, base=base["name"])
+    return folder
+
+
+def sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Elements of all parameters, and of those that are trained; before the model is spread over ranks."""
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return {"parameters": sum(parameter.numel() for parameter in parameters), "trained_parameters": trained}
+
+
+def export_model(supervised: SupervisedModel, folder: Path, base: Path, *, wanted: bool) -> None:
+    """Write a Hugging Face folder with the base's tokenizer; called by all ranks together, one of them writes.
+
+    Args:
+        supervised: on any layout.
+        folder: made if missing.
+        base: whose tokenizer is copied.
+        wanted: whether this rank writes.
+    """
+    model, gathered = supervised.model, dict[Tensor, Tensor]()
+    state = model.state_dict(keep_vars=True)
+    for tensor in state.values():
+        if tensor not in gathered:  # one that has two names, as a tied head, is one tensor in the file too
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered[tensor] = whole.detach().cpu() if wanted else torch.empty(0)
+    if wanted:
+        state = {name: gathered[tensor] for name, tensor in state.items()}
+        model.save_pretrained(str(folder), state_dict=state)
+        copy_tokenizer(base, folder)
