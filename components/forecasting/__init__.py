@@ -1,0 +1,1 @@
+"""Time series: data and synthesis, forecasting, tuning, backtests."""
