@@ -17,7 +17,7 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.step import StepResult
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.registry.config import FetchModelConfig
-from modelmill.components.registry.model_source import MODEL_FILES, FoundModel, NoSuchVersion, find_model
+from modelmill.components.registry.model_source import MODEL_FILES, RECORDS_FILE, FoundModel, NoSuchVersion, find_model
 
 logger = logging.getLogger("modelmill")
 _MODULES = "modules.json"  # sentence-transformers lists the parts of an embedding model there
@@ -26,7 +26,8 @@ _MODULES = "modules.json"  # sentence-transformers lists the parts of an embeddi
 def fetch_model(config: FetchModelConfig, output: Path) -> StepResult:
     """Bring a model to where the pipeline's steps can read it.
 
-    Writes `model/`, a Hugging Face folder: configuration, safetensors, tokenizer. Files on the same file system are
+    Writes `model/`, a Hugging Face folder: configuration, safetensors, tokenizer; and `training_records.txt` for a
+    version of the registry that has one. Files on the same file system are
     linked and cost no space; others are copied.
 
     Args:
@@ -45,6 +46,8 @@ def fetch_model(config: FetchModelConfig, output: Path) -> StepResult:
     events.progress(f"taking {reference}")
     for path in _files(found.folder):
         _take(path, model / path.relative_to(found.folder))
+    if found.records is not None:
+        shutil.copyfile(found.records, output / RECORDS_FILE)
     settings = _settings(model, reference)
     flavor = "embedding" if (model / _MODULES).is_file() else "language-model"
     digest = weights_digest(model)

@@ -23,6 +23,7 @@ _REGISTRY, _HUB, _PACKAGE = "models:/", "hf:", "package:"
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*/config.json")
 # MLflow answers so for a model, and for an alias, that does not exist.
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+RECORDS_FILE = "training_records.txt"  # of a registered version: ids of its training records, one a line
 _FORMS = "a folder, models:/name@alias, hf:id@revision, or package:name/folder"
 
 
@@ -37,10 +38,12 @@ class FoundModel:
     Attributes:
         folder: `config.json`, safetensors and tokenizer files.
         version: of the registry, revision of the Hub, else empty.
+        records: file of the registry that lists what the model was trained on, where it has one.
     """
 
     folder: Path
     version: str = ""
+    records: Path | None = None
 
 
 def find_model(reference: str, scratch: Path, parameter: str) -> FoundModel:
@@ -167,9 +170,10 @@ def _from_registry(reference: str, scratch: Path, parameter: str) -> FoundModel:
         raise UserError(
             f"{parameter}: the files of {reference} cannot be fetched ({one_line(error)}); check the artifact store"
         ) from None
+    records = found / RECORDS_FILE
     for folder in (found / "data" / "model", found / "model", found):
         if (folder / "config.json").is_file():
-            return FoundModel(folder.absolute(), str(version.version))
+            return FoundModel(folder.absolute(), str(version.version), records if records.is_file() else None)
     raise UserError(f"{parameter}: {reference} holds no Hugging Face model; name one that register_model entered")
 
 
