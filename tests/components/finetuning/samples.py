@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,21 @@ def make_instructions(folder: Path, *, conversations: int = 90, longest: int = L
     return Manifest.describe(folder, kind="instructions", counts=counts, metadata={"template": {"kind": "test"}})
 
 
-def finetune_config(base: Path | str | None = None, **changes: Any) -> FinetuneConfig:
+def model_manifest(folder: Path) -> Manifest:
+    """A model's folder as the artifact of the step that made it, made once."""
+    artifact = folder.parent / f"{folder.name}-artifact"
+    if not artifact.exists():
+        shutil.copytree(folder, artifact / "model")
+    metadata = {"weights_digest": weights_digest(artifact / "model")}
+    return Manifest.describe(artifact, kind="model", metadata=metadata)
+
+
+def finetune_config(**changes: Any) -> FinetuneConfig:
     """A section; what is no field of it changes `training`."""
     own = {name: changes.pop(name) for name in ("method", "adapter") if name in changes}
     adapter = own.pop("adapter", {} if own.get("method") == "full" else ADAPTER)
     training = {**TRAINING, **MEDIUM, **changes}
-    return FinetuneConfig.model_validate({"base": base and str(base), "adapter": adapter, "training": training, **own})
+    return FinetuneConfig.model_validate({"adapter": adapter, "training": training, **own})
 
 
 def job_spec(config: FinetuneConfig, base: Path, instructions: Manifest, output: Path) -> dict[str, Any]:

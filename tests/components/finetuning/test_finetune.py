@@ -43,6 +43,7 @@ from tests.components.finetuning.samples import (
     finetune_config,
     make_base,
     make_instructions,
+    model_manifest,
 )
 from tests.components.training.runs import history, single_rank
 
@@ -61,13 +62,11 @@ class Here:
         return train(single_rank(job.scratch), job.spec, job.training)
 
 
-def run(
-    config: FinetuneConfig, scratch: Path, instructions: Manifest, base: Manifest | None = None
-) -> tuple[Manifest, StepResult]:
+def run(config: FinetuneConfig, scratch: Path, instructions: Manifest, base: Path) -> tuple[Manifest, StepResult]:
     """The step, and the manifest that it becomes."""
     output = scratch / "data"
     output.mkdir(parents=True, exist_ok=True)
-    result = finetune(config, output, instructions=instructions, base=base, launcher=Here())
+    result = finetune(config, output, instructions=instructions, base=model_manifest(base), launcher=Here())
     return Manifest.describe(output, kind=result.kind, counts=result.counts, metadata=result.metadata), result
 
 
@@ -140,8 +139,8 @@ def by_hand(
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_the_engine_is_a_loop_by_hand(exact: Path, instructions: Manifest, tmp_path: Path, method: str) -> None:
-    config = finetune_config(exact, method=method)
-    made, _ = run(config, tmp_path, instructions)
+    config = finetune_config(method=method)
+    made, _ = run(config, tmp_path, instructions, exact)
     losses: list[float] = []
     lora, _ = by_hand(exact, instructions, config, losses)
     assert [r["loss"] for r in history(tmp_path) if "loss" in r] == pytest.approx(losses, rel=1e-8)
@@ -153,8 +152,8 @@ def test_the_engine_is_a_loop_by_hand(exact: Path, instructions: Manifest, tmp_p
 
 
 def test_all_weights_follow_a_loop_by_hand(exact: Path, instructions: Manifest, tmp_path: Path) -> None:
-    config = finetune_config(exact, method="full", weight_decay=0.0)
-    made, result = run(config, tmp_path, instructions)
+    config = finetune_config(method="full", weight_decay=0.0)
+    made, result = run(config, tmp_path, instructions, exact)
     model = AutoModelForCausalLM.from_pretrained(str(exact), dtype=torch.float64).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     for step in range(6):
@@ -181,7 +180,7 @@ def test_an_adapter_loads_in_peft_with_the_same_logits(
     llama: Path, instructions: Manifest, tmp_path: Path, method: str
 ) -> None:
     peft = pytest.importorskip("peft")
-    made, _ = run(finetune_config(llama, method=method), tmp_path, instructions)
+    made, _ = run(finetune_config(method=method), tmp_path, instructions, llama)
     folder = made.path("adapter/adapter_config.json").parent
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(llama)), str(folder)).eval()
     ours = causal_lm.load_model(llama, dtype=torch.float32)
@@ -199,8 +198,8 @@ def test_the_engine_is_peft_with_a_loop_by_hand(
     exact: Path, instructions: Manifest, tmp_path: Path, method: str
 ) -> None:
     peft = pytest.importorskip("peft")
-    config = finetune_config(exact, method=method, adapter={"rank": 4, "alpha": 8}, weight_decay=0.0)
-    run(config, tmp_path, instructions)
+    config = finetune_config(method=method, adapter={"rank": 4, "alpha": 8}, weight_decay=0.0)
+    run(config, tmp_path, instructions, exact)
     first = causal_lm.load_model(exact, dtype=torch.float64)
     names = adapters.add_adapters(first, config.adapter, dora=method == "dora", seed=0)
     adapters.write_adapter(
@@ -233,8 +232,8 @@ def test_the_engine_is_peft_with_a_loop_by_hand(
 def test_a_killed_run_ends_with_the_same_bits(
     llama: Path, instructions: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = finetune_config(llama, adapter={**ADAPTER, "dropout": 0.2})
-    run(config, tmp_path / "whole", instructions)
+    config = finetune_config(adapter={**ADAPTER, "dropout": 0.2})
+    run(config, tmp_path / "whole", instructions, llama)
     with monkeypatch.context() as patch:
         batch = causal_lm.SupervisedBatches.batch
 
@@ -245,9 +244,9 @@ def test_a_killed_run_ends_with_the_same_bits(
 
         patch.setattr(causal_lm.SupervisedBatches, "batch", dies)
         with pytest.raises(KeyboardInterrupt):
-            run(config, tmp_path / "killed", instructions)
+            run(config, tmp_path / "killed", instructions, llama)
     assert [r["step"] for r in history(tmp_path / "killed") if "loss" in r][-1] > 3
-    run(config, tmp_path / "killed", instructions)
+    run(config, tmp_path / "killed", instructions, llama)
     for name in ("history.jsonl", "data/adapter/adapter_model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -282,7 +281,7 @@ def test_first_weights_depend_on_seed_and_name_only(llama: Path) -> None:
 def test_other_families_train(family: type[PreTrainedModel], instructions: Manifest, tmp_path: Path) -> None:
     changes = {"sliding_window": 6} if family is MistralForCausalLM else {"tie_word_embeddings": True}
     base = make_base(tmp_path / "base", family, **changes)
-    _, result = run(finetune_config(base), tmp_path / "run", instructions)
+    _, result = run(finetune_config(), tmp_path / "run", instructions, base)
     rows = [record["loss"] for record in history(tmp_path / "run") if "loss" in record]
     assert rows[-1] < rows[0]
     assert result.metadata["base_digest"] == weights_digest(base)
@@ -294,64 +293,63 @@ def refused(match: str, work: Callable[[], Any]) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_what_does_not_fit_is_one_line(
-    llama: Path, instructions: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_is_one_line(llama: Path, instructions: Manifest, tmp_path: Path) -> None:
     scratch = tmp_path / "run"
 
-    def tried(match: str, config: FinetuneConfig, data: Manifest = instructions, base: Manifest | None = None) -> None:
+    def tried(match: str, config: FinetuneConfig, data: Manifest = instructions, base: Path = llama) -> None:
         refused(match, lambda: run(config, scratch, data, base))
 
-    tried(r"finetune.method: 'qlora'", finetune_config(llama, method="qlora"))
+    tried(r"finetune.method: 'qlora'", finetune_config(method="qlora"))
     names = r"'q_porj' matches no linear layer .* it has down_proj, gate_proj, k_proj, o_proj, q_proj"
-    tried(names, finetune_config(llama, adapter={"targets": ["v_proj", "q_porj"]}))
-    tried(r"finetune.base: no base given", finetune_config(None))
-    tried(r"finetune.base: .* is no folder", finetune_config(tmp_path / "nowhere"))
-    tried(r"finetune.base: .* is not in the registry", finetune_config("models:/none@champion"))
-    tried(r"finetune.base: 'models:/none' names no version", finetune_config("models:/none"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    tried(r"finetune.base: hf:someone/model cannot be had", finetune_config("hf:someone/model"))
-    tried(r"global_batch_size: 64 sequences are more than", finetune_config(llama, global_batch_size=64))
+    tried(names, finetune_config(adapter={"targets": ["v_proj", "q_porj"]}))
+    tried(r"global_batch_size: 64 sequences are more than", finetune_config(global_batch_size=64))
     short = make_base(tmp_path / "short", max_position_embeddings=16)
-    tried(rf"sequence_length: {LENGTH} is more than the 16", finetune_config(short))
+    tried(rf"sequence_length: {LENGTH} is more than the 16", finetune_config(), base=short)
     small = make_base(tmp_path / "small", vocab_size=50)
-    tried(r"instructions.tokenizer: its 97 tokens are more than the 50", finetune_config(small))
+    tried(r"instructions.tokenizer: its 97 tokens are more than the 50", finetune_config(), base=small)
     empty = instructions.model_copy(update={"counts": {**instructions.counts, "train_rows": 0}})
-    tried(r"the training split is empty", finetune_config(llama), empty)
+    tried(r"the training split is empty", finetune_config(), empty)
     unchecked = instructions.model_copy(update={"counts": {**instructions.counts, "validation_rows": 0}})
-    tried(r"validation split is empty", finetune_config(llama), unchecked)
-    tried(r"is of kind tokens", finetune_config(llama), instructions.model_copy(update={"kind": "tokens"}))
+    tried(r"validation split is empty", finetune_config(), unchecked)
+    tried(r"is of kind tokens", finetune_config(), instructions.model_copy(update={"kind": "tokens"}))
     for name in ("full", "lora"):
         made = tmp_path / "run" / "data" / name
         assert not made.exists()
 
 
-def test_an_unsafe_or_damaged_base_is_refused(llama: Path, instructions: Manifest, tmp_path: Path) -> None:
-    pickled = Path(shutil.copytree(llama, tmp_path / "pickled"))
-    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    refused("pytorch_model.bin is a pickle", lambda: run(finetune_config(pickled), tmp_path / "run", instructions))
+def test_a_foreign_or_damaged_base_is_refused(llama: Path, instructions: Manifest, tmp_path: Path) -> None:
+    tokenizer = Manifest.describe(llama, kind="tokenizer")
+    refused(
+        "holds no model/ folder",
+        lambda: finetune(finetune_config(), tmp_path, instructions=instructions, base=tokenizer),
+    )
+    told = model_manifest(llama).model_copy(update={"metadata": {"weights_digest": "0" * 64}})
+    refused(
+        "the step that made them wrote",
+        lambda: finetune(finetune_config(), tmp_path, instructions=instructions, base=told),
+    )
     lacking = Path(shutil.copytree(llama, tmp_path / "lacking"))
     weights = load_file(lacking / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
-    refused("lacks tensor", lambda: run(finetune_config(lacking), tmp_path / "run", instructions))
+    refused("lacks tensor", lambda: run(finetune_config(), tmp_path / "run", instructions, lacking))
     foreign = Path(shutil.copytree(llama, tmp_path / "foreign"))
     config = json.loads((foreign / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (foreign / "config.json").write_text(json.dumps(config))
     (foreign / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    refused("cannot be loaded", lambda: run(finetune_config(foreign), tmp_path / "run", instructions))
+    refused("cannot be loaded", lambda: run(finetune_config(), tmp_path / "run", instructions, foreign))
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_on_another_base_is_refused(llama: Path, instructions: Manifest, tmp_path: Path) -> None:
-    run(finetune_config(llama), tmp_path / "run", instructions)
+    run(finetune_config(), tmp_path / "run", instructions, llama)
     other = Path(shutil.copytree(llama, tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] += 1e-3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     refused(
-        "was written by another configuration", lambda: run(finetune_config(other), tmp_path / "run", instructions)
+        "was written by another configuration", lambda: run(finetune_config(), tmp_path / "run", instructions, other)
     )
 
 
@@ -377,7 +375,7 @@ def test_sections_refuse_what_means_nothing() -> None:
         ({"learning_rate": 1e-2, "steps": 0}, "steps"),
     ):
         with pytest.raises(ValueError, match=match):
-            finetune_config("base", **changes)
+            finetune_config(**changes)
 
 
 def test_targets_of_a_row_that_begins_a_conversation_are_not_predicted_from_the_one_before(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from modelmill.components.core.weights import weights_digest
 from modelmill.components.evaluation.config import EvaluationConfig
 from modelmill.components.evaluation.heldout import evaluate_heldout
 from modelmill.components.finetuning import adapters, causal_lm
-from modelmill.components.finetuning.base import base_state, find_base
 from modelmill.components.finetuning.config import MergeConfig
 from modelmill.components.finetuning.merge import merge_adapter
 from modelmill.components.llama.huggingface import load_huggingface
-from modelmill.components.registry.config import RegisterConfig
+from modelmill.components.registry.config import FetchModelConfig, RegisterConfig
+from modelmill.components.registry.fetch_model import fetch_model
 from modelmill.components.registry.register import register_model
-from tests.components.finetuning.samples import finetune_config
+from tests.components.finetuning.samples import finetune_config, model_manifest
 from tests.components.finetuning.test_finetune import run
 from tests.components.training.samples import make_tokens
 
@@ -37,8 +37,8 @@ def merged(
     base: Path, adapter: Manifest, instructions: Manifest, output: Path, **changes: object
 ) -> tuple[Manifest, dict[str, float]]:
     output.mkdir(parents=True)
-    config = MergeConfig.model_validate({"base": str(base), **changes})
-    result = merge_adapter(config, output, adapter=adapter, instructions=instructions)
+    config = MergeConfig.model_validate(changes)
+    result = merge_adapter(config, output, adapter=adapter, instructions=instructions, base=model_manifest(base))
     counts = result.counts
     return Manifest.describe(output, kind=result.kind, counts=counts, metadata=result.metadata), result.metrics
 
@@ -50,7 +50,7 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
 ) -> None:
     base = request.getfixturevalue(name)
     before = weights_digest(base)
-    adapter, _ = run(finetune_config(base, method=method), tmp_path / "run", instructions)
+    adapter, _ = run(finetune_config(method=method), tmp_path / "run", instructions, base)
     made, metrics = merged(base, adapter, instructions, tmp_path / "merged" / "data")
     assert metrics["logits_difference"] <= 1e-5
     assert metrics["stored_difference"] <= 1e-5
@@ -73,7 +73,7 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
 def test_a_base_in_bf16_is_merged_in_fp32_and_stored_as_it_was(
     half: Path, instructions: Manifest, tmp_path: Path
 ) -> None:
-    adapter, _ = run(finetune_config(half, precision="bf16-mixed"), tmp_path / "run", instructions)
+    adapter, _ = run(finetune_config(precision="bf16-mixed"), tmp_path / "run", instructions, half)
     made, metrics = merged(half, adapter, instructions, tmp_path / "merged" / "data")
     assert metrics["logits_difference"] <= 1e-5 < metrics["stored_difference"] < 0.1
     weights = load_file(made.path("model/model.safetensors"))
@@ -84,8 +84,8 @@ def test_a_base_in_bf16_is_merged_in_fp32_and_stored_as_it_was(
 def test_merging_is_refused_where_it_would_be_wrong(
     llama: Path, exact: Path, instructions: Manifest, tmp_path: Path
 ) -> None:
-    adapter, _ = run(finetune_config(llama), tmp_path / "run", instructions)
-    with pytest.raises(UserError, match=r"merge.base: .* the adapter was trained on"):
+    adapter, _ = run(finetune_config(), tmp_path / "run", instructions, llama)
+    with pytest.raises(UserError, match=r"base: .* the adapter was trained on"):
         merged(exact, adapter, instructions, tmp_path / "1" / "data")
     with pytest.raises(UserError, match=r"merge.tolerance: the merged model's logits differ"):
         merged(llama, adapter, instructions, tmp_path / "2" / "data", tolerance=1e-12)
@@ -114,7 +114,7 @@ def test_merging_is_refused_where_it_would_be_wrong(
 def test_a_merged_model_is_evaluated_registered_and_tuned_again(
     store_home: Home, llama: Path, instructions: Manifest, tmp_path: Path
 ) -> None:
-    adapter, _ = run(finetune_config(llama), tmp_path / "run", instructions)
+    adapter, _ = run(finetune_config(), tmp_path / "run", instructions, llama)
     made, _ = merged(llama, adapter, instructions, tmp_path / "merged" / "data")
     folder = made.path("model/config.json").parent
     decoder, upstream = load_huggingface(folder), AutoModelForCausalLM.from_pretrained(str(folder))
@@ -131,27 +131,12 @@ def test_a_merged_model_is_evaluated_registered_and_tuned_again(
     report = Manifest.describe(judged, kind=evaluation.kind, metrics=evaluation.metrics, metadata=evaluation.metadata)
     entered = tmp_path / "registered" / "data"
     entered.mkdir(parents=True)
-    registration = register_model(
-        RegisterConfig(name="tuned", alias="champion"), entered, model=made, evaluation=report
-    )
+    registration = register_model(RegisterConfig(name="tuned"), entered, model=made, evaluation=report)
     assert registration.metadata["weights_digest"] == weights_digest(folder)
 
-    reference = "models:/tuned@champion"
-    base = find_base(reference, None, tmp_path, "finetune.base")
-    assert base.digest == weights_digest(folder)
-    assert base_state(reference, "finetune.base") == registration.metadata["version"]
-    _, again = run(finetune_config(reference), tmp_path / "again", instructions)
+    taken = tmp_path / "taken" / "data"
+    taken.mkdir(parents=True)
+    fetch_model(FetchModelConfig(reference=f"models:/tuned/{registration.metadata['version']}"), taken)
+    assert weights_digest(taken / "model") == weights_digest(folder)
+    _, again = run(finetune_config(), tmp_path / "again", instructions, taken / "model")
     assert again.metadata["base_digest"] == weights_digest(folder)
-    _, from_step = run(finetune_config(None), tmp_path / "step", instructions, made)
-    assert from_step.metadata["base_digest"] == weights_digest(folder)
-    assert from_step.metadata["weights_digest"] == again.metadata["weights_digest"]
-
-
-def test_what_a_name_stands_for_changes_with_it(llama: Path, tmp_path: Path) -> None:
-    before = base_state(str(llama), "finetune.base")
-    assert before == base_state(str(llama), "finetune.base")
-    (llama / "extra.json").write_text(json.dumps({}))
-    try:
-        assert base_state(str(llama), "finetune.base") != before
-    finally:
-        (llama / "extra.json").unlink()

@@ -86,7 +86,6 @@ def test_from_records_to_a_merged_model(home: object, tmp_path: Path) -> None:
     instructions = described(prepare_instructions(prepared, data, tokenizer=tokenizer), data)
 
     config = finetune_config(
-        None,
         steps=STEPS,
         checkpoint_every=7,
         validate_every=None,
