@@ -24,6 +24,17 @@ def train_tokenizer(section: str, corpus: dsl.Input[dsl.Dataset], manifest: dsl.
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def take_tokenizer(
+    section: str, model: dsl.Input[dsl.Model], corpus: dsl.Input[dsl.Dataset], manifest: dsl.Output[dsl.Artifact]
+) -> None:
+    """Take over the tokenizer that a model brings along."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.data.tokenizer import take_tokenizer as step
+
+    run_step(step, section, {"model": model.path, "corpus": corpus.path}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
 def pack_tokens(
     section: str,
     corpus: dsl.Input[dsl.Dataset],

@@ -292,3 +292,11 @@ class PackingConfig(Section):
     """How documents become rows of a fixed number of tokens."""
 
     sequence_length: int = Field(default=2048, ge=1, description="Tokens a row predicts; a row stores one more.")
+
+
+class TakeTokenizerConfig(Section):
+    """The tokenizer that a model brings along."""
+
+    eos_token: str | None = Field(
+        default=None, min_length=1, description="End of a document, where the model's files declare none."
+    )

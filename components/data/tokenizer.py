@@ -16,7 +16,8 @@ from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult
-from modelmill.components.data.config import TokenizerConfig
+from modelmill.components.core.uri import local_path
+from modelmill.components.data.config import TakeTokenizerConfig, TokenizerConfig
 from modelmill.components.data.documents import read_documents
 from modelmill.components.data.files import tokenizer_path
 from modelmill.components.data.sentencepiece_model import convert_sentencepiece
@@ -85,6 +86,25 @@ def train_tokenizer(config: TokenizerConfig, output: Path, *, corpus: Manifest) 
         metrics={"bytes_per_token": bytes_per_token},
         metadata=ids,
     )
+
+
+def take_tokenizer(config: TakeTokenizerConfig, output: Path, *, model: Manifest, corpus: Manifest) -> StepResult:
+    """The tokenizer that a model brings along, in the form of `train_tokenizer`, so that text is packed for it.
+
+    Args:
+        config: the end-of-text token, where the model's files do not name it.
+        output: existing empty folder.
+        model: manifest with `model/`.
+        corpus: manifest of `ingest_corpus`, for the metric.
+
+    Raises:
+        UserError: as `train_tokenizer`.
+    """
+    for entry in model.files:
+        model.path(entry.path)
+    folder = local_path(model.uri).absolute() / "model"
+    loaded = TokenizerConfig(kind="load", path=str(folder), eos_token=config.eos_token)
+    return train_tokenizer(loaded, output, corpus=corpus)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -20,6 +20,17 @@ def pretrain(
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def continue_pretraining(
+    section: str, base: dsl.Input[dsl.Model], tokens: dsl.Input[dsl.Dataset], manifest: dsl.Output[dsl.Model]
+) -> None:
+    """Train a Llama further from finished weights, on several processes."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.llama.continue_pretraining import continue_pretraining as step
+
+    run_step(step, section, {"base": base.path, "tokens": tokens.path}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
 def benchmark_attention(section: str, manifest: dsl.Output[dsl.Artifact]) -> None:
     """Compare the attention kernels of the machine the step runs on."""
     from modelmill.components.core.step import run_step

@@ -240,6 +240,12 @@ class PretrainConfig(Section):
         return self
 
 
+class ContinueConfig(Section):
+    """Section of the step that continues a pretraining; the architecture is the base's."""
+
+    training: TrainingConfig = Field(description="Batch, layout, optimizer, schedule; steps count from here.")
+
+
 def layout_problem(
     model: LlamaConfig, tensor: int, sequence_length: int | None = None, sequence_parallel: bool = False
 ) -> str | None:

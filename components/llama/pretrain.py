@@ -65,9 +65,38 @@ def pretrain(
         TrainingStoppedError: it was told to stop.
         RankFailedError: a training process crashed.
     """
-    training, place = config.training, launcher or LocalLauncher()
+    training = config.training
     model = config.model.model_copy(update={"vocab_size": check_run(config.model, training, tokens)})
-    length, parallel = tokens.counts["sequence_length"], training.parallel
+    result = launch_training(model, training, output, tokenizer=tokenizer.folder(), tokens=tokens, launcher=launcher)
+    metadata = {**result.metadata, "dataset_digest": tokens.digest, "tokenizer_digest": tokenizer.digest}
+    return StepResult(kind="model", counts=result.counts, metrics=result.metrics, metadata=metadata)
+
+
+def launch_training(
+    model: LlamaConfig,
+    training: TrainingConfig,
+    output: Path,
+    *,
+    tokenizer: Path,
+    tokens: Manifest,
+    launcher: Launcher | None,
+    base: Path | None = None,
+) -> TrainingResult:
+    """Check a training and have it run by its ranks: what every step that trains the decoder does.
+
+    Args:
+        model: the architecture, its vocabulary known.
+        training: the training section.
+        output: the artifact's folder.
+        tokenizer: folder whose files go beside the weights.
+        tokens: packed rows of the train and validation splits.
+        launcher: where the processes run; default this machine.
+        base: Hugging Face folder with the first weights; None draws them from the seed.
+
+    Raises:
+        UserError: they do not fit together, or training diverged.
+    """
+    place, length, parallel = launcher or LocalLauncher(), tokens.counts["sequence_length"], training.parallel
     if problem := layout_problem(model, parallel.tensor, length, parallel.sequence_parallel):
         raise UserError(problem)
     place.check(training)
@@ -80,7 +109,8 @@ def pretrain(
         spec={
             "model": model.model_dump(mode="json"),
             "tokens": tokens.model_dump(mode="json"),
-            "tokenizer": str(tokenizer.folder().absolute()),
+            "tokenizer": str(tokenizer.absolute()),
+            "base": None if base is None else {"folder": str(base.absolute()), "digest": weights_digest(base)},
             "output": str(output.absolute()),
         },
         training=training,
@@ -88,8 +118,7 @@ def pretrain(
     )
     result = place.launch(job)
     track_outcome(output, result.metrics, training.steps)
-    metadata = {**result.metadata, "dataset_digest": tokens.digest, "tokenizer_digest": tokenizer.digest}
-    return StepResult(kind="model", counts=result.counts, metrics=result.metrics, metadata=metadata)
+    return result
 
 
 def _announce(model: LlamaConfig, training: TrainingConfig, tokens: Manifest) -> None:
@@ -145,7 +174,7 @@ def masked_next_token_loss(model: nn.Module, rows: Tensor, *, eos: int) -> Tenso
 def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig) -> TrainingResult:
     """What one rank does: build, train, and take part in the export that rank 0 writes."""
     from modelmill.components.data.loader import BatchSource, open_rows
-    from modelmill.components.llama.huggingface import export_huggingface
+    from modelmill.components.llama.huggingface import export_huggingface, load_weights
     from modelmill.components.llama.model import LlamaDecoder
     from modelmill.components.training.checkpoint import Checkpoints
     from modelmill.components.training.estimate import peak_flops
@@ -159,7 +188,12 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     model.attention_kernel = attention
     prepare(model, ranks, training)
     model.to_empty(device=ranks.device)
-    model.init_weights(training.seed)
+    base = spec["base"]
+    if base is None:
+        model.init_weights(training.seed)
+    else:
+        model.reset_rope(ranks.device)
+        load_weights(model, base["folder"])
     batches = BatchSource(open_rows(tokens, "train"), training.seed, training.global_batch_size)
     loop = TrainingLoop(
         model=model,
@@ -169,7 +203,9 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
         ranks=ranks,
         checkpoints=Checkpoints(
             ranks.scratch / "checkpoints",
-            digest=json_digest([spec["model"], training.deciding(), tokens.digest]),
+            digest=json_digest(
+                [spec["model"], training.deciding(), tokens.digest, *([base["digest"]] if base else [])]
+            ),
             keep=training.keep_checkpoints,
             rank=ranks.rank,
             world_size=ranks.world_size,

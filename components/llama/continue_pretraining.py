@@ -1,0 +1,76 @@
+"""Step `continue_pretraining`: the training of a Llama goes on from finished weights, on other text. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.step import StepResult, step_options
+from modelmill.components.core.uri import local_path
+from modelmill.components.core.weights import weights_digest
+from modelmill.components.llama.config import ContinueConfig, LlamaConfig
+from modelmill.components.llama.pretrain import launch_training
+from modelmill.components.training.config import check_run
+from modelmill.components.training.launch import Launcher
+
+
+@step_options(resumable=True)
+def continue_pretraining(
+    config: ContinueConfig, output: Path, *, base: Manifest, tokens: Manifest, launcher: Launcher | None = None
+) -> StepResult:
+    """Train an exported Llama further on packed tokens; the optimizer and the schedule begin anew.
+
+    Writes what `pretrain` does, with the base's own tokenizer.
+
+    Args:
+        config: the training.
+        output: the artifact's folder.
+        base: manifest of the model to start from; its `config.json` is the architecture.
+        tokens: rows packed with the base's tokenizer.
+        launcher: where the training processes run; default this machine.
+
+    Raises:
+        UserError: the base is no Llama that this decoder implements or was altered, or as `pretrain`.
+    """
+    folder = _verified(base)
+    architecture = LlamaConfig.from_huggingface(_settings(folder))
+    check_run(architecture, config.training, tokens)
+    result = launch_training(
+        architecture, config.training, output, tokenizer=folder, tokens=tokens, launcher=launcher, base=folder
+    )
+    metadata = {
+        **result.metadata,
+        "method": "pretraining",
+        "base": str(base.metadata.get("reference", "")),
+        "base_digest": base.metadata["weights_digest"],
+        "dataset_digest": tokens.digest,
+    }
+    return StepResult(kind="model", counts=result.counts, metrics=result.metrics, metadata=metadata)
+
+
+def _verified(base: Manifest) -> Path:
+    for entry in base.files:
+        base.path(entry.path)
+    folder = local_path(base.uri).absolute() / "model"
+    found, told = weights_digest(folder), str(base.metadata.get("weights_digest", ""))
+    if found != told:
+        raise UserError(
+            f"base: the weights in {folder} have the digest {found[:16]}, the step that made them wrote {told[:16]};"
+            " delete its folder and run again"
+        )
+    return folder
+
+
+def _settings(folder: Path) -> dict[str, object]:
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"base: {folder} has no readable config.json ({error}); copy it again") from None
+    if not isinstance(settings, dict) or settings.get("model_type") != "llama":
+        kind = settings.get("model_type") if isinstance(settings, dict) else None
+        raise UserError(
+            f"base: model_type is {kind!r} and pretraining goes on for llama only; use the retrain pipeline"
+        )
+    return settings
