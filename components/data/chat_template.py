@@ -258,7 +258,10 @@ class ChatTemplate:
             rest = text[said + len(content) :] if said >= 0 else ""
             closing = pattern.match(rest, len(rest) - len(rest.lstrip()))
             if closing and closing.group() in own and own.issuperset(pattern.findall(text[first:said])):
-                stop, blank = said + len(content) + closing.end(), after[len(after.rstrip()) :]
+                # The blanks that follow this token in the last turn, where another may close the whole text behind it.
+                *_, ended = (match for match in pattern.finditer(after, start) if match.group() == closing.group())
+                stop, behind = said + len(content) + closing.end(), after[ended.end() :]
+                blank = behind[: len(behind) - len(behind.lstrip())]
                 return first, stop + len(blank) * text.startswith(blank, stop)
         problem = f"cannot be masked: the turn {content[:40]!r} is written differently when others follow"
         raise BadRecord("template", f"{problem}; give a template with {{% generation %}}")
