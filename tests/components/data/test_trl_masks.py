@@ -183,9 +183,7 @@ def test_trls_template_may_write_another_text(produce: Produce, tmp_path: Path, 
 def test_turns_that_are_written_anew_are_refused(produce: Produce, tmp_path: Path, name: str) -> None:
     """The mask of an earlier turn would be a guess; the template with marks is asked for."""
     tokenizer = tokenizer_for(tmp_path / "tokenizer", shipped(name))
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:1 cannot be masked: .* give a template with \{% generation %\}"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl:1 cannot be masked: .* give a template with \{% generation %\}"):
         our_labels(produce, tokenizer, [chat(*CONVERSATIONS["multi"])], tmp_path / "a.jsonl")
 
 
