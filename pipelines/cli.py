@@ -13,7 +13,7 @@ import traceback
 import click
 
 from modelmill.components.core.errors import UserError
-from modelmill.pipelines.commands import compiling, launching, listing, planning, reading, serving
+from modelmill.pipelines.commands import compiling, launching, listing, planning, reading, registry, serving
 
 _EPILOG = """\b
 Examples:
@@ -54,6 +54,8 @@ for command in (
     reading.logs_command,
     launching.resume_command,
     serving.ui_command,
+    registry.models_command,
+    registry.rollback_command,
     compiling.compile_command,
     serving.doctor_command,
 ):

@@ -1,4 +1,4 @@
-"""The `registry` section of a recipe, and what the registration step is given."""
+"""The `registry` section of a recipe, promotion and its mirror, and what their steps are given."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import re
 
 from pydantic import Field, field_validator
 
+from modelmill.components.core.errors import UserError
 from modelmill.components.core.recipe import Section
+from modelmill.components.core.uri import split_s3
 
-# Tags the registration writes itself: a recipe must not contradict them.
+# Tags that the registry's steps write themselves: a recipe must not contradict them.
 WRITTEN_TAGS = (
     "weights_digest",
+    "files_digest",
     "dataset_digest",
     "tokenizer_digest",
+    "base",
+    "base_digest",
+    "adapter_digest",
+    "method",
+    "flavor",
     "recipe",
     "recipe_hash",
     "code_version",
@@ -23,6 +31,23 @@ WRITTEN_TAGS = (
     "bits_per_byte",
     "bigram_bits_per_byte",
     "unigram_bits_per_byte",
+    "gate",
+    "gate_digest",
+    "gate_metric",
+    "gate_gain",
+    "promotion",
+    "promotion_reason",
+    "promotion_gate",
+    "promotion_by",
+    "promotion_at",
+    "promotion_run",
+    "promotion_note",
+    "promotion_replaced",
+    "rolled_back",
+    "rolled_back_by",
+    "rolled_back_at",
+    "rolled_back_to",
+    "sagemaker_package",
 )
 
 
@@ -73,6 +98,8 @@ class RegistryConfig(Section):
             raise ValueError("an alias starts with a letter and holds letters, digits, - and _")
         if value.lower() == "latest" or re.fullmatch(r"[vV]\d+", value):
             raise ValueError("MLflow keeps `latest` and `v1`, `v2`, ... for itself; choose another word")
+        if value in ("champion", "challenger", "previous"):
+            raise ValueError("only a promotion sets it; register under another alias, such as candidate")
         return value
 
     @field_validator("tags")
@@ -89,3 +116,55 @@ class RegisterConfig(RegistryConfig):
 
     recipe_name: str = Field(default="", description="Name of the recipe that made the model.")
     recipe_hash: str = Field(default="", description="Hash of that recipe.")
+
+
+class PromoteConfig(Section):
+    """How a passed gate becomes the champion."""
+
+    note: str = Field(
+        default="", max_length=1000, description="Why this recipe promotes; kept with the version and in the report."
+    )
+
+
+class SageMakerConfig(Section):
+    """A model package group of the SageMaker Model Registry that follows the promotions."""
+
+    group: str = Field(
+        pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Model package group; made when there is none."
+    )
+    region: str | None = Field(
+        default=None,
+        pattern=r"^[a-z]{2}(-[a-z]+)+-\d$",
+        description="AWS region; else the one of the environment or profile.",
+    )
+    model_data: str = Field(description="Folder for the packed models, as s3://bucket/prefix.")
+    image: str = Field(
+        min_length=1, max_length=255, pattern=r"^\S+$", description="Container image that serves the model."
+    )
+    content_types: tuple[str, ...] = Field(
+        default=("application/json",), min_length=1, description="What the container reads."
+    )
+    response_types: tuple[str, ...] = Field(
+        default=("application/json",), min_length=1, description="What the container answers with."
+    )
+    instance_types: tuple[str, ...] = Field(
+        default=(), description="Instance types the model may be served on; none leaves it open."
+    )
+    environment: dict[str, str] = Field(default={}, max_length=100, description="Environment of the container.")
+
+    @field_validator("model_data")
+    @classmethod
+    def _an_s3_folder(cls, value: str) -> str:
+        try:
+            split_s3(value, parameter="model_data")
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return value.rstrip("/")
+
+
+class MirrorConfig(Section):
+    """Whether promotions are mirrored."""
+
+    sagemaker: SageMakerConfig | None = Field(
+        default=None, description="The group that follows; null leaves SageMaker alone."
+    )

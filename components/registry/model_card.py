@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelmill.components.registry.config import RegisterConfig
+from modelmill.components.registry.flavors import DEFAULT, FLAVORS, Flavor
 
 # Hoffmann et al. 2022 (arXiv:2203.15556): about 20 training tokens a parameter are compute-optimal.
 _COMPUTE_OPTIMAL = 20
@@ -22,22 +23,25 @@ def short_description(config: RegisterConfig, evaluation: Mapping[str, Any]) -> 
     )
 
 
-def model_card(config: RegisterConfig, evaluation: Mapping[str, Any], code_version: str) -> str:
+def model_card(
+    config: RegisterConfig, evaluation: Mapping[str, Any], code_version: str, flavor: Flavor = FLAVORS[DEFAULT]
+) -> str:
     """The card as Markdown, every sentence from the content of `evaluation.json` and the registration.
 
     Args:
         config: name, description and recipe.
         evaluation: the content of `evaluation.json`.
         code_version: version of modelmill that registers.
+        flavor: how the model is served.
     """
     facts = evaluation["provenance"]
     sections = {
-        "Intended use": _intended_use(config),
+        "Intended use": intended_use(config),
         "Data": _data(facts),
         "Training": _training(config, facts, code_version),
         "Evaluation": _evaluation(evaluation),
         "Limitations": "\n".join(f"- {line}" for line in limitations(evaluation)),
-        "Loading it": _loading(config),
+        "Loading it": loading(config, flavor),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"# {config.name}\n\n{_standing(evaluation['scores'])}\n\n{body}\n"
@@ -82,7 +86,8 @@ def _standing(scores: Mapping[str, Any]) -> str:
     return f"{model:.3f} bits per byte on held-out text (bigram {bigram:.3f}, unigram {unigram:.3f})."
 
 
-def _intended_use(config: RegisterConfig) -> str:
+def intended_use(config: RegisterConfig) -> str:
+    """What the recipe says the model is for, and what its alias means."""
     use = config.description or "No use was stated in the recipe."
     return f"{use.rstrip('.')}. The alias `{config.alias}` marks a version to be reviewed, not one to be deployed."
 
@@ -145,10 +150,12 @@ def _compared(difference: Mapping[str, float] | None) -> str:
     return "**worse**" if difference["difference"] > 0 else "better"
 
 
-def _loading(config: RegisterConfig) -> str:
-    return (
-        "```python\nimport mlflow\n\n"
-        f'model = mlflow.pyfunc.load_model("models:/{config.name}@{config.alias}")\n'
-        'model.predict(["Once upon"], params={"max_new_tokens": 32})\n'
-        "model.get_raw_model()  # the transformers model\n```"
-    )
+def loading(config: RegisterConfig, flavor: Flavor) -> str:
+    """Python that loads and asks the model."""
+    lines = [
+        "import mlflow",
+        "",
+        f'model = mlflow.pyfunc.load_model("models:/{config.name}@{config.alias}")',
+        *flavor.usage,
+    ]
+    return "\n".join(["```python", *lines, "```"])

@@ -26,9 +26,9 @@ from modelmill.components.core.step import StepResult, options_of
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.evaluation.config import EvaluationConfig
 from modelmill.components.evaluation.heldout import evaluate_heldout
-from modelmill.components.registry import register
 from modelmill.components.registry.config import RegisterConfig
 from modelmill.components.registry.register import register_model
+from modelmill.components.registry.store import version_of
 from tests.components.conftest import RunFolder, TrackingServer
 from tests.components.small_model import SmallModel
 
@@ -165,9 +165,10 @@ def test_equal_weights_beyond_the_first_page_are_found(store_home: Home, monkeyp
         return real(self, query, max_results=2, page_token=page_token)
 
     monkeypatch.setattr(MlflowClient, "search_model_versions", small_pages)
-    assert register._existing(client, "many", "d") == "1"
+    found = version_of(client, "many", "d", "any files")
+    assert found is not None and str(found.version) == "1"
     assert len(pages) == 3
-    assert register._existing(client, "many", "other") is None
+    assert version_of(client, "many", "other", "any files") is None
 
 
 def test_two_registrations_at_once_make_one_version(

@@ -1,0 +1,293 @@
+"""Step `mirror_to_sagemaker`: the SageMaker Model Registry follows the promotions, by model package groups.
+
+A package is a model's files in S3, a container that serves them, and an approval: Approved for the champion,
+PendingManualApproval for a challenger, Rejected after a rollback. What watches approvals there deploys as ever. The
+packages of earlier champions stay Approved, so that rejecting the newest one brings back the one before.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelmill.components.core import events, tracking
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.mlflow_store import one_line
+from modelmill.components.core.step import StepResult, step_options
+from modelmill.components.core.uri import split_s3
+from modelmill.components.registry.config import MirrorConfig, SageMakerConfig
+from modelmill.components.registry.store import FILES_TAG, WEIGHTS_TAG, check_files, find_version, open_registry
+
+if TYPE_CHECKING:
+    from boto3.session import Session
+    from mlflow.entities.model_registry import ModelVersion
+    from sagemaker.core.resources import ModelPackage
+
+PACKAGE_TAG = "sagemaker_package"
+_APPROVALS = {"promoted": "Approved", "already": "Approved", "challenger": "PendingManualApproval"}
+_ABSENT = ("ValidationException", "ResourceNotFound", "ResourceNotFoundException", "404", "NoSuchKey", "NotFound")
+logger = logging.getLogger("modelmill")
+
+
+@step_options(reuse=False)
+def mirror_to_sagemaker(
+    config: MirrorConfig, output: Path, *, registration: Manifest, promotion: Manifest
+) -> StepResult:
+    """Give a version a package in the SageMaker Model Registry, with the approval its promotion calls for.
+
+    The same version has one package, found by the digest of its files; repeating the step changes nothing. Writes
+    `mirror.json`. A version that is not promoted gets no package; one that has a package keeps it as it is, or sees it
+    rejected where the version was rolled back.
+
+    Args:
+        config: the group, or null to do nothing.
+        output: an empty folder.
+        registration: manifest of `register_model`.
+        promotion: manifest of `promote`.
+
+    Returns:
+        kind `mirror`; metadata `package` (ARN, empty where there is none), `approval`; counts `mirrored`.
+
+    Raises:
+        UserError: the packages for AWS are not installed, region, credentials or bucket are missing or refused, or the
+            version's files are not what was registered.
+    """
+    arn = approval = ""
+    if config.sagemaker is not None:
+        if promotion.kind != "promotion":
+            raise UserError(f"promotion: {promotion.uri} is of kind {promotion.kind}; give that of promote")
+        outcome = str(promotion.metadata["outcome"])
+        arn, approval = _mirror(config.sagemaker, output, registration, outcome, str(promotion.metadata["reason"]))
+    (output / "mirror.json").write_text(json.dumps({"package": arn, "approval": approval}, indent=1) + "\n")
+    if arn:
+        tracking.set_tags({"modelmill.sagemaker_package": arn, "modelmill.sagemaker_approval": approval})
+        logger.info("%s is %s", arn, approval)
+    return StepResult("mirror", {"mirrored": int(bool(arn))}, metadata={"package": arn, "approval": approval})
+
+
+def reject_package(arn: str, reason: str) -> None:
+    """Reject a package by its ARN, which names its region.
+
+    Raises:
+        UserError: AWS cannot be reached or refuses.
+    """
+    with aws_trouble("sagemaker"):
+        _set_approval(_get_package(arn, open_session(arn.split(":")[3])), "Rejected", reason)
+
+
+def _mirror(
+    config: SageMakerConfig, output: Path, registration: Manifest, outcome: str, reason: str
+) -> tuple[str, str]:
+    """ARN and approval of a version's package, or two empty strings."""
+    name, number = str(registration.metadata["name"]), str(registration.metadata["version"])
+    with open_registry() as client:
+        version = find_version(client, name, number)
+        if version is None:
+            raise UserError(
+                f"registration: {name} version {number} is not in the registry any more; register it again"
+            )
+        approval = _APPROVALS.get(outcome, "")
+        if "rolled_back" in version.tags:
+            approval = "Rejected"
+        with aws_trouble("sagemaker"):
+            session = open_session(config.region)
+            package = _find_package(config, version, session)
+            if package is None and approval not in _APPROVALS.values():
+                return "", ""
+            if package is None:
+                folder = check_files(client, version, output.parent)
+                data = _upload(config, version, folder, output.parent / "model.tar.gz", session)
+                package = _create_package(config, version, data, approval, reason, session)
+            elif approval:
+                _set_approval(package, approval, reason)
+            arn, found = str(package.model_package_arn), str(package.model_approval_status)
+        if version.tags.get(PACKAGE_TAG) != arn:
+            client.set_model_version_tag(name, number, PACKAGE_TAG, arn)
+    return arn, found
+
+
+def open_session(region: str | None) -> Session:
+    """A session with the credentials of the environment, profile or role; checked before anything is sent.
+
+    Raises:
+        UserError: the packages are not installed, or there is no region or no credentials.
+    """
+    try:
+        import boto3
+        import sagemaker.core.resources  # noqa: F401  (the extra brings both or neither)
+    except ModuleNotFoundError as error:
+        raise UserError(f"sagemaker: {error.name} is not installed; pip install 'modelmill[aws]'") from None
+    session = boto3.Session(region_name=region)
+    if session.region_name is None:
+        raise UserError("sagemaker.region: none is given and the environment names none; set it or AWS_REGION")
+    if session.get_credentials() is None:
+        raise UserError("sagemaker: there are no AWS credentials; set AWS_PROFILE, or give the pod's account a role")
+    return session
+
+
+@contextmanager
+def aws_trouble(parameter: str) -> Iterator[None]:
+    """What AWS, its SDK or the network says, as one line.
+
+    Raises:
+        UserError: anything of that went wrong inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        module = type(error).__module__.partition(".")[0]
+        if module not in ("botocore", "boto3", "s3transfer", "sagemaker", "pydantic", "pydantic_core"):
+            raise
+        raise UserError(f"{parameter}: {one_line(error)}; check region, permissions and the section") from None
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Pack a model's files as SageMaker's containers want them; equal files give equal bytes.
+
+    Weights hardly shrink, so the lowest level of compression is used: it is a matter of minutes for a large model.
+    """
+    with (
+        target.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=1) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            entry.size, entry.mode = path.stat().st_size, 0o644
+            with path.open("rb") as file:
+                archive.addfile(entry, file)
+
+
+def _digest(version: ModelVersion) -> str:
+    """What tells versions apart: the digest of their files, or of the weights where they are older than that tag."""
+    return str(version.tags.get(FILES_TAG) or version.tags[WEIGHTS_TAG])
+
+
+def _upload(config: SageMakerConfig, version: ModelVersion, folder: Path, scratch: Path, session: Session) -> str:
+    """URI of the packed model below the digest of its files; uploaded unless it is there already."""
+    from botocore.exceptions import ClientError
+
+    bucket, prefix = split_s3(config.model_data, parameter="sagemaker.model_data")
+    key = "/".join(part for part in (prefix, _digest(version), "model.tar.gz") if part)
+    client = session.client("s3")
+    try:
+        client.head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in _ABSENT:
+            raise UserError(
+                f"sagemaker.model_data: s3://{bucket}/{key}: {one_line(error)}; check bucket and rights"
+            ) from None
+        events.progress("packing the model")
+        pack(folder, scratch)
+        events.progress("uploading the model")
+        try:
+            client.upload_file(str(scratch), bucket, key)
+        finally:
+            scratch.unlink()
+    return f"s3://{bucket}/{key}"
+
+
+def _find_package(config: SageMakerConfig, version: ModelVersion, session: Session) -> ModelPackage | None:
+    """The version's package, the newest if there are several; the group is made where there is none."""
+    from botocore.exceptions import ClientError
+    from sagemaker.core.resources import ModelPackage, ModelPackageGroup
+
+    try:
+        ModelPackageGroup.get(config.group, session=session, region=session.region_name)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in _ABSENT:
+            raise
+        ModelPackageGroup.create(
+            model_package_group_name=config.group,
+            model_package_group_description=f"Promoted versions of {version.name}",
+            session=session,
+            region=session.region_name,
+        )
+        return None
+    listed = ModelPackage.get_all(
+        model_package_group_name=config.group,
+        sort_by="CreationTime",
+        sort_order="Descending",
+        session=session,
+        region=session.region_name,
+    )
+    for summary in listed:
+        package = _get_package(str(summary.model_package_arn), session)
+        facts = package.customer_metadata_properties
+        if isinstance(facts, dict) and facts.get(FILES_TAG) == _digest(version):
+            return package
+    return None
+
+
+def _get_package(arn: str, session: Session) -> ModelPackage:
+    from sagemaker.core.resources import ModelPackage
+
+    package = ModelPackage.get(arn, session=session, region=session.region_name)
+    assert package is not None
+    return package
+
+
+def _create_package(
+    config: SageMakerConfig, version: ModelVersion, data: str, approval: str, reason: str, session: Session
+) -> ModelPackage:
+    from sagemaker.core.resources import ModelPackage
+    from sagemaker.core.shapes import InferenceSpecification, ModelPackageContainerDefinition
+
+    container = ModelPackageContainerDefinition(
+        image=config.image, model_data_url=data, **({"environment": config.environment} if config.environment else {})
+    )
+    instances = {"supported_realtime_inference_instance_types": list(config.instance_types)}
+    specification = InferenceSpecification(
+        containers=[container],
+        supported_content_types=list(config.content_types),
+        supported_response_mime_types=list(config.response_types),
+        **(instances if config.instance_types else {}),
+    )
+    events.progress("making the model package")
+    package = ModelPackage.create(
+        model_package_group_name=config.group,
+        model_package_description=_plain(f"{version.name} version {version.version}. {reason}", 1024),
+        inference_specification=specification,
+        model_approval_status=approval,
+        customer_metadata_properties=_facts(version),
+        # A request that is sent twice, as after a lost answer, makes one package.
+        client_token=_digest(version)[:36],
+        session=session,
+        region=session.region_name,
+    )
+    assert package is not None
+    return package
+
+
+def _set_approval(package: ModelPackage, approval: str, reason: str) -> None:
+    if package.model_approval_status == approval:
+        return
+    known: Any = package.customer_metadata_properties
+    package.update(
+        model_approval_status=approval,
+        approval_description=_plain(reason, 1024),
+        **({"customer_metadata_properties": known} if isinstance(known, dict) else {}),
+    )
+
+
+def _facts(version: ModelVersion) -> dict[str, str]:
+    """What a package says about its model; SageMaker takes letters, digits, blanks and `_.:/=+-@`."""
+    tags = version.tags
+    names = (WEIGHTS_TAG, "dataset_digest", "base_digest", "method", "gate", "gate_digest", "gate_metric", "recipe")
+    facts = {FILES_TAG: _digest(version), "mlflow_model": f"models:/{version.name}/{version.version}"}
+    return facts | {name: _plain(tags[name], 256) for name in names if tags.get(name)}
+
+
+def _plain(text: str, limit: int) -> str:
+    """Text with nothing in it that SageMaker's patterns refuse."""
+    kept = "".join(sign if sign.isalnum() or sign in " _.:/=+-@" else " " for sign in text)
+    return " ".join(kept.split())[:limit]
