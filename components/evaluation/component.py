@@ -27,6 +27,61 @@ def evaluate_heldout(
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def generate(
+    section: str,
+    model: dsl.Input[dsl.Model],
+    instructions: dsl.Input[dsl.Dataset],
+    manifest: dsl.Output[dsl.Artifact],
+    samples: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Let a model answer the prompts of prepared conversations."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.evaluation.generate import generate as step
+
+    inputs = {"model": model.path, "instructions": instructions.path}
+    result = run_step(step, section, inputs, {"manifest": manifest.path, "samples.md": samples.path})
+    for name, value in result.counts.items():
+        metrics.log_metric(name, value)
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def score_answers(
+    section: str,
+    model: dsl.Input[dsl.Model],
+    instructions: dsl.Input[dsl.Dataset],
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Score how likely a model finds the reference answers of prepared conversations."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.evaluation.answers import score_answers as step
+
+    inputs = {"model": model.path, "instructions": instructions.path}
+    result = run_step(step, section, inputs, {"manifest": manifest.path})
+    for name, value in result.metrics.items():
+        metrics.log_metric(name, value)
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def score_texts(
+    section: str,
+    model: dsl.Input[dsl.Model],
+    corpus: dsl.Input[dsl.Dataset],
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Score how likely a model finds the documents of a corpus."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.evaluation.texts import score_texts as step
+
+    inputs = {"model": model.path, "corpus": corpus.path}
+    result = run_step(step, section, inputs, {"manifest": manifest.path})
+    for name, value in result.metrics.items():
+        metrics.log_metric(name, value)
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
 def score_generations(
     section: str,
     generations: dsl.Input[dsl.Artifact],

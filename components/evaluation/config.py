@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,87 @@ class EvaluationConfig(Section):
     temperature: float = Field(default=0.8, gt=0, le=10, description="Divides the logits before sampling.")
     top_k: int | None = Field(default=50, ge=1, description="Sample among the k most likely tokens; null among all.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the sampled continuations.")
+
+
+class ModelUseConfig(Section):
+    """How a language model runs in an evaluation."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs; auto takes a GPU where there is one."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="What the weights are held and multiplied in; auto is fp32 on a CPU and the checkpoint's own on a"
+        " GPU.",
+    )
+    batch_tokens: int = Field(
+        default=16_384,
+        ge=1,
+        description="Tokens held at once, padding and room for new ones included; it changes memory and speed only.",
+    )
+
+
+class GenerateConfig(ModelUseConfig):
+    """How a model answers the prompts of prepared conversations."""
+
+    split: Literal["validation", "test"] = Field(default="test", description="Whose conversations are answered.")
+    max_examples: int | None = Field(
+        default=None, ge=1, description="Conversations, evenly spaced over the split; null answers all of them."
+    )
+    max_new_tokens: int = Field(default=256, ge=1, description="Tokens of an answer that does not end before.")
+    temperature: float = Field(
+        default=0.0, ge=0, le=10, description="Divides the logits before a draw; 0 takes the most likely token."
+    )
+    top_k: int | None = Field(default=None, ge=1, description="Draw among the k most likely tokens; null among all.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Draw among the fewest tokens that have this probability together."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the draws; each example has draws of its own.")
+    preview_examples: int = Field(default=5, ge=0, le=100, description="Answers shown in samples.md, evenly spaced.")
+
+    @model_validator(mode="after")
+    def _greedy_draws_nothing(self) -> Self:
+        if self.temperature == 0 and (self.top_k is not None or self.top_p != 1):
+            raise ValueError(
+                "temperature: 0 takes the most likely token and draws nothing; set it above 0, or leave out top_k and"
+                " top_p"
+            )
+        return self
+
+    def decoding(self) -> dict[str, Any]:
+        """What the answers depend on besides model and prompts; without draws their settings say nothing."""
+        names = {"max_new_tokens", "temperature"} | ({"top_k", "top_p", "seed"} if self.temperature else set())
+        return self.model_dump(mode="json", include=names)
+
+
+class LikelihoodConfig(ModelUseConfig):
+    """How likely a model finds given texts."""
+
+    split: Literal["validation", "test"] = Field(default="test", description="Which split is scored.")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Confidence of the bootstrap intervals.")
+    resamples: int = Field(default=2000, ge=100, le=1_000_000, description="Bootstrap resamples of the examples.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the resamples.")
+
+
+class AnswerScoresConfig(LikelihoodConfig):
+    """How likely a model finds the reference answers of prepared conversations."""
+
+    max_examples: int | None = Field(
+        default=None, ge=1, description="Conversations, evenly spaced over the split; null scores all of them."
+    )
+
+
+class TextScoresConfig(LikelihoodConfig):
+    """How likely a model finds the documents of a corpus."""
+
+    max_documents: int | None = Field(
+        default=512, ge=1, description="Documents, evenly spaced over the split; null scores all of them."
+    )
+    window_tokens: int | None = Field(
+        default=2048,
+        ge=2,
+        description="Tokens of a document that the model sees at once; null, and at most, all its positions.",
+    )
 
 
 Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "token_f1", "chrf", "chrf_plus_plus"]

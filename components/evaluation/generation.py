@@ -56,6 +56,8 @@ def score_generations(config: GenerationScoresConfig, output: Path, *, generatio
     for name in ("weights_digest", "dataset_digest"):
         if name in generations.metadata:
             metadata[name] = generations.metadata[name]
+    if "decoding" in generations.metadata:  # of `generate`
+        scoring["decoding"] = generations.metadata["decoding"]
     if config.bertscore is not None:
         scored, counts["truncated_texts"], scoring["encoder_digest"] = _bertscore(config.bertscore, examples)
         scoring |= config.bertscore.model_dump(mode="json", include={"layer", "idf", "max_length"})

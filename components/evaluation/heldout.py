@@ -16,10 +16,10 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult
-from modelmill.components.core.uri import local_path
 from modelmill.components.data.loader import open_rows
 from modelmill.components.evaluation.baselines import KneserNeyBigram, UnigramModel, row_losses
 from modelmill.components.evaluation.config import EvaluationConfig
+from modelmill.components.evaluation.model_folder import model_folder
 from modelmill.components.evaluation.report import render_report, verdict
 
 logger = logging.getLogger("modelmill")
@@ -48,7 +48,7 @@ def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest,
     from modelmill.components.evaluation.figures import curves
     from modelmill.components.evaluation.scoring import load_decoder, model_row_losses, write_samples
 
-    folder = _model_folder(model)
+    folder = model_folder(model)
     decoder = load_decoder(folder, tokens)
     rows, vocab_size = _test_rows(config, tokens), tokens.counts["vocab_size"]
 
@@ -92,16 +92,6 @@ def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest,
     counts = {"rows": len(rows), "tokens": evaluation["scored"]["tokens"], "samples": len(samples)}
     digests = ("weights_digest", "dataset_digest", "tokenizer_digest")
     return StepResult("evaluation", counts, metrics, {name: evaluation["provenance"][name] for name in digests})
-
-
-def _model_folder(model: Manifest) -> Path:
-    """The exported model's folder, each of its files verified."""
-    names = [entry.path for entry in model.files if entry.path.startswith("model/")]
-    if not names:
-        raise UserError(f"model: {model.uri} holds no model/ folder; give the output of a training step")
-    for name in names:
-        model.path(name)
-    return local_path(model.uri) / "model"
 
 
 def _evenly(rows: NDArray[np.integer], limit: int | None) -> NDArray[np.integer]:

@@ -55,6 +55,28 @@ def bootstrap_interval(values: Values, *, confidence: float, resamples: int, see
     return lower, upper
 
 
+def bootstrap_ratio_interval(
+    above: Values, below: Values, *, confidence: float, resamples: int, seed: int
+) -> tuple[Values, Values]:
+    """Two-sided percentile intervals of ratios of sums, such as a loss over all tokens of all examples.
+
+    Args:
+        above: what is summed above the line, [n, k], one row an example.
+        below: the same below it, [n, k], positive.
+        confidence: share of the resampled ratios inside the interval.
+        resamples: how many.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper bounds, [k] each.
+    """
+    columns = above.shape[1]
+    means = _bootstrap_means(np.concatenate([above, below], axis=1), resamples, seed)
+    tail = (1 - confidence) / 2
+    lower, upper = np.quantile(means[:, :columns] / means[:, columns:], [tail, 1 - tail], axis=0)
+    return lower, upper
+
+
 def compare_paired(
     differences: Values,
     *,
