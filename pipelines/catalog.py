@@ -97,6 +97,18 @@ SHIPPED = Catalog(
             recipe="modelmill.pipelines.recipes.llama_pretrain:LlamaPretrainRecipe",
             dag="modelmill.pipelines.llama_pretrain:llama_pretrain",
         ),
+        "lora_finetune": Pipeline(
+            recipe="modelmill.pipelines.recipes.lora_finetune:LoraFinetuneRecipe",
+            dag="modelmill.pipelines.lora_finetune:lora_finetune",
+        ),
+        "retrain": Pipeline(
+            recipe="modelmill.pipelines.recipes.retrain:RetrainRecipe",
+            dag="modelmill.pipelines.retrain:retrain",
+        ),
+        "continue_pretraining": Pipeline(
+            recipe="modelmill.pipelines.recipes.continue_pretraining:ContinuePretrainingRecipe",
+            dag="modelmill.pipelines.continue_pretraining:continue_pretraining",
+        ),
         "activation_sweep": Pipeline(
             recipe="modelmill.pipelines.recipes.activation_sweep:ActivationSweepRecipe",
             dag="modelmill.pipelines.activation_sweep:activation_sweep",

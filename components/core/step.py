@@ -121,6 +121,7 @@ def run_step(
     section_json: str,
     inputs: Mapping[str, str],
     outputs: Mapping[str, str],
+    values: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Run one step: what every KFP shell calls.
 
@@ -129,6 +130,7 @@ def run_step(
         section_json: made by `section`.
         inputs: parameter name to path of an upstream manifest.
         outputs: `manifest` and file names inside the artifact, each to the path KFP wants a copy at.
+        values: parameters that only the engine knows, such as how the steps before ended; part of the output's key.
 
     Exits the process with code 2 after one line on a user's mistake, so that no traceback hides it.
     """
@@ -140,7 +142,7 @@ def run_step(
         events.emit("started", pid=os.getpid())
         run = events.run_directory()
         tracking.record("start", run=run.name if run else "")
-        manifest, reused = _produce(function, name, section_json, record, inputs)
+        manifest, reused = _produce(function, name, section_json, record, inputs, values or {})
         _hand_over(manifest, outputs)
         tracking.record("end", status="FINISHED")
         summary: dict[str, Any] = {"counts": manifest.counts, "metrics": manifest.metrics, "uri": manifest.uri}
@@ -149,10 +151,16 @@ def run_step(
 
 
 def _produce(
-    function: StepFunction, name: str, section_json: str, record: dict[str, Any], inputs: Mapping[str, str]
+    function: StepFunction,
+    name: str,
+    section_json: str,
+    record: dict[str, Any],
+    inputs: Mapping[str, str],
+    values: Mapping[str, Any],
 ) -> tuple[Manifest, bool]:
     upstream = {parameter: Manifest.read(path) for parameter, path in inputs.items()}
-    key = output_key(section_json, {parameter: manifest.digest for parameter, manifest in upstream.items()})
+    digests = {parameter: manifest.digest for parameter, manifest in upstream.items()}
+    key = output_key(section_json, digests | {name: json_digest(value) for name, value in values.items()})
     store, options = Home.current().store, options_of(function)
     config = _config_type(function).model_validate(record["config"])
     tracking.log_params(record["config"])
@@ -162,7 +170,7 @@ def _produce(
             logger.info("reusing %s", done.uri)
             _replay(done)
             return done, True
-        return _compute(function, config, upstream, store / name, key, record), False
+        return _compute(function, config, {**upstream, **values}, store / name, key, record), False
 
 
 def _may_reuse(name: str, options: StepOptions) -> bool:
@@ -175,7 +183,7 @@ def _may_reuse(name: str, options: StepOptions) -> bool:
 def _compute(
     function: StepFunction,
     config: BaseModel,
-    upstream: dict[str, Manifest],
+    arguments: Mapping[str, Any],
     folder: Path,
     key: str,
     record: dict[str, Any],
@@ -186,7 +194,7 @@ def _compute(
         shutil.rmtree(partial)
     (partial / "data").mkdir(parents=True, exist_ok=True)
     try:
-        result = function(config, partial / "data", **upstream)
+        result = function(config, partial / "data", **arguments)
     except BaseException:
         if not options.resumable:
             shutil.rmtree(partial, ignore_errors=True)

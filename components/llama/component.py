@@ -21,13 +21,18 @@ def pretrain(
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)
 def continue_pretraining(
-    section: str, base: dsl.Input[dsl.Model], tokens: dsl.Input[dsl.Dataset], manifest: dsl.Output[dsl.Model]
+    section: str,
+    base: dsl.Input[dsl.Model],
+    corpus: dsl.Input[dsl.Dataset],
+    tokens: dsl.Input[dsl.Dataset],
+    manifest: dsl.Output[dsl.Model],
 ) -> None:
     """Train a Llama further from finished weights, on several processes."""
     from modelmill.components.core.step import run_step
     from modelmill.components.llama.continue_pretraining import continue_pretraining as step
 
-    run_step(step, section, {"base": base.path, "tokens": tokens.path}, {"manifest": manifest.path})
+    inputs = {"base": base.path, "corpus": corpus.path, "tokens": tokens.path}
+    run_step(step, section, inputs, {"manifest": manifest.path})
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)

@@ -10,6 +10,7 @@ from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.core.uri import local_path
 from modelmill.components.core.weights import weights_digest
+from modelmill.components.data.record_ids import RECORDS_FILE, known_records, record_ids
 from modelmill.components.llama.config import ContinueConfig, LlamaConfig
 from modelmill.components.llama.pretrain import launch_training
 from modelmill.components.training.config import check_run
@@ -18,17 +19,25 @@ from modelmill.components.training.launch import Launcher
 
 @step_options(resumable=True)
 def continue_pretraining(
-    config: ContinueConfig, output: Path, *, base: Manifest, tokens: Manifest, launcher: Launcher | None = None
+    config: ContinueConfig,
+    output: Path,
+    *,
+    base: Manifest,
+    corpus: Manifest,
+    tokens: Manifest,
+    launcher: Launcher | None = None,
 ) -> StepResult:
     """Train an exported Llama further on packed tokens; the optimizer and the schedule begin anew.
 
-    Writes what `pretrain` does, with the base's own tokenizer.
+    Writes what `pretrain` does, with the base's own tokenizer, and `training_records.txt`: ids of the corpus' training
+    documents and of those the base tells of.
 
     Args:
         config: the training.
         output: the artifact's folder.
         base: manifest of the model to start from; its `config.json` is the architecture.
-        tokens: rows packed with the base's tokenizer.
+        corpus: manifest of `ingest_corpus`.
+        tokens: its rows, packed with the base's tokenizer.
         launcher: where the training processes run; default this machine.
 
     Raises:
@@ -40,6 +49,8 @@ def continue_pretraining(
     result = launch_training(
         architecture, config.training, output, tokenizer=folder, tokens=tokens, launcher=launcher, base=folder
     )
+    records = known_records(base) | set(record_ids(corpus))
+    (output / RECORDS_FILE).write_text("".join(f"{identity}\n" for identity in sorted(records)), encoding="utf-8")
     metadata = {
         **result.metadata,
         "method": "pretraining",

@@ -64,6 +64,9 @@ class FetchModelConfig(Section):
         min_length=1,
         description="Taken in its place while the registry has no such version, as before the first champion.",
     )
+    made_by: str = Field(
+        default="", description="Recipe whose run registers the model; an error names it where the model is missing."
+    )
 
     def fingerprint(self) -> str:
         """What the reference stands for now.
@@ -75,10 +78,14 @@ class FetchModelConfig(Section):
 
         try:
             return model_state(self.reference, "model.reference")
-        except NoSuchVersion:
+        except NoSuchVersion as missing:
             if self.otherwise is None:
-                raise
+                raise self.explained(missing) from None
         return f"otherwise {model_state(self.otherwise, 'model.otherwise')}"
+
+    def explained(self, missing: UserError) -> UserError:
+        """The error of a missing version, with the command that makes one where the recipe knows it."""
+        return UserError(f"{missing}; `modelmill run {self.made_by}` makes it") if self.made_by else missing
 
 
 class RegistryConfig(Section):

@@ -16,8 +16,9 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.step import StepResult
 from modelmill.components.core.weights import weights_digest
+from modelmill.components.data.record_ids import RECORDS_FILE
 from modelmill.components.registry.config import FetchModelConfig
-from modelmill.components.registry.model_source import MODEL_FILES, RECORDS_FILE, FoundModel, NoSuchVersion, find_model
+from modelmill.components.registry.model_source import MODEL_FILES, FoundModel, NoSuchVersion, find_model
 
 logger = logging.getLogger("modelmill")
 _MODULES = "modules.json"  # sentence-transformers lists the parts of an embedding model there
@@ -64,7 +65,7 @@ def _find(config: FetchModelConfig, scratch: Path) -> tuple[str, FoundModel]:
         return config.reference, find_model(config.reference, scratch, "model.reference")
     except NoSuchVersion as missing:
         if config.otherwise is None:
-            raise
+            raise config.explained(missing) from None
         logger.info("%s; taking %s", missing, config.otherwise)
     return config.otherwise, find_model(config.otherwise, scratch, "model.otherwise")
 

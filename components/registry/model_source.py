@@ -17,13 +17,13 @@ from modelmill.components.core.home import Home
 from modelmill.components.core.mlflow_store import StoreUnavailable, connect, one_line
 from modelmill.components.core.uri import local_path
 from modelmill.components.data.files import folder_state
+from modelmill.components.data.record_ids import RECORDS_FILE
 
 _REGISTRY, _HUB, _PACKAGE = "models:/", "hf:", "package:"
 # Weights, configuration and tokenizer, also of the modules in subfolders that sentence-transformers writes.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*/config.json")
 # MLflow answers so for a model, and for an alias, that does not exist.
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-RECORDS_FILE = "training_records.txt"  # of a registered version: ids of its training records, one a line
 _FORMS = "a folder, models:/name@alias, hf:id@revision, or package:name/folder"
 
 

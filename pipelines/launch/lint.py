@@ -183,7 +183,7 @@ def _numbers(task: _Task) -> Iterator[str]:
         return
     for name, value in task.inputs.items():
         kind = task.declared.get(name, {}).get("parameterType", "")
-        if kind in _WHOLE_LISTS:
+        if kind in _WHOLE_LISTS and "taskFinalStatus" not in value:
             yield f"task {task.name}: whole numbers in {name} ({kind}) arrive as floats; pass it in the section"
         text = value.get("runtimeValue", {}).get("constant")
         for channel in _PLACEHOLDER.findall(text) if isinstance(text, str) else ():

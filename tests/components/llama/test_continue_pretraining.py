@@ -13,6 +13,7 @@ import torch
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.weights import weights_digest
+from modelmill.components.data.documents import DocumentWriter
 from modelmill.components.data.loader import BatchSource, open_rows
 from modelmill.components.llama.config import ContinueConfig, LlamaConfig
 from modelmill.components.llama.continue_pretraining import continue_pretraining
@@ -32,20 +33,30 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return Manifest.describe(folder / "data", kind="model", metadata={"weights_digest": digest, "reference": "there"})
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Two documents; their text matters to the list of records only."""
+    folder = tmp_path_factory.mktemp("corpus")
+    with DocumentWriter(folder / "train.arrow") as writer:
+        for text in ("one text", "another text"):
+            writer.append(text, len(text))
+    return Manifest.describe(folder, kind="corpus")
+
+
 def history(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("parallel", [{}, {"processes_per_node": 2, "shard": 2}], ids=["one", "shards"])
 def test_it_begins_where_the_base_ended(
-    base: Manifest, tmp_path: Path, home: object, parallel: dict[str, int]
+    base: Manifest, corpus: Manifest, tmp_path: Path, home: object, parallel: dict[str, int]
 ) -> None:
     tokens = make_tokens(tmp_path / "tokens")
     output = tmp_path / "run" / "data"
     output.mkdir(parents=True)
     changes = {"parallel": parallel} if parallel else {}
     config = ContinueConfig(training=training_config(steps=4, log_every=1, precision="fp32", **changes))
-    result = continue_pretraining(config, output, base=base, tokens=tokens)
+    result = continue_pretraining(config, output, base=base, corpus=corpus, tokens=tokens)
 
     model = load_huggingface(Path(base.uri) / "model")
     source = BatchSource(open_rows(tokens, "train"), config.training.seed, config.training.global_batch_size)
@@ -55,10 +66,11 @@ def test_it_begins_where_the_base_ended(
     assert history(output)[0]["loss"] == pytest.approx(expected, rel=1e-5)
     assert result.metadata["base_digest"] == base.metadata["weights_digest"] != result.metadata["weights_digest"]
     assert result.metadata["base"] == "there"
+    assert len((output / "training_records.txt").read_text().split()) == 2
     assert load_huggingface(output / "model").config.num_layers == MODEL["num_layers"]
 
 
-def test_another_base_is_no_resumption(base: Manifest, tmp_path: Path, home: object) -> None:
+def test_what_is_no_such_base_is_refused(base: Manifest, corpus: Manifest, tmp_path: Path, home: object) -> None:
     tokens = make_tokens(tmp_path / "tokens")
     copy = Path(shutil.copytree(base.uri, tmp_path / "copy"))
     settings = json.loads((copy / "model" / "config.json").read_text())
@@ -68,7 +80,7 @@ def test_another_base_is_no_resumption(base: Manifest, tmp_path: Path, home: obj
 
     def refused(match: str, manifest: Manifest) -> None:
         with pytest.raises(UserError, match=match) as error:
-            continue_pretraining(config, tmp_path / "out", base=manifest, tokens=tokens)
+            continue_pretraining(config, tmp_path / "out", base=manifest, corpus=corpus, tokens=tokens)
         assert "\n" not in str(error.value)
 
     foreign = Manifest.describe(copy, kind="model", metadata=base.metadata)

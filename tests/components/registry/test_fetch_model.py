@@ -122,3 +122,10 @@ def test_a_changed_copy_has_another_digest(folder: Path, tmp_path: Path, home: o
     weights["model.norm.weight"] += 1e-3
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     assert fetched(tmp_path, reference=str(copy)).metadata["weights_digest"] != weights_digest(folder)
+
+
+def test_a_missing_model_names_the_recipe_that_makes_it(tmp_path: Path, store_home: object) -> None:
+    section = {"reference": "models:/none@candidate", "made_by": "laptop/llama-demo"}
+    for work in (lambda: FetchModelConfig(**section).fingerprint(), lambda: fetched(tmp_path, **section)):
+        with pytest.raises(UserError, match="`modelmill run laptop/llama-demo` makes it"):
+            work()

@@ -42,7 +42,7 @@ def test_new_records_are_those_the_champion_has_not_seen(
 ) -> None:
     data, model = prepared(tmp_path / "data", ["a", "b", "c"]), champion(tmp_path / "model", known)
     (tmp_path / "out").mkdir()
-    result = find_new_data(NewDataConfig(min_records=smallest), tmp_path / "out", instructions=data, champion=model)
+    result = find_new_data(NewDataConfig(min_records=smallest), tmp_path / "out", data=data, champion=model)
     assert result.counts == {"records": 3, "known": 3 - new, "new": new}
     assert result.metadata["found"] is found
     assert json.loads((tmp_path / "out" / "new_data.json").read_text())["new"] == new
@@ -51,4 +51,4 @@ def test_new_records_are_those_the_champion_has_not_seen(
 def test_no_training_record_is_an_error(tmp_path: Path) -> None:
     data, model = prepared(tmp_path / "data", []), champion(tmp_path / "model", None)
     with pytest.raises(UserError, match="the training split is empty"):
-        find_new_data(NewDataConfig(), tmp_path, instructions=data, champion=model)
+        find_new_data(NewDataConfig(), tmp_path, data=data, champion=model)
