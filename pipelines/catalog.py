@@ -109,6 +109,10 @@ SHIPPED = Catalog(
             recipe="modelmill.pipelines.recipes.continue_pretraining:ContinuePretrainingRecipe",
             dag="modelmill.pipelines.continue_pretraining:continue_pretraining",
         ),
+        "embedding_finetune": Pipeline(
+            recipe="modelmill.pipelines.recipes.embedding_finetune:EmbeddingFinetuneRecipe",
+            dag="modelmill.pipelines.embedding_finetune:embedding_finetune",
+        ),
         "activation_sweep": Pipeline(
             recipe="modelmill.pipelines.recipes.activation_sweep:ActivationSweepRecipe",
             dag="modelmill.pipelines.activation_sweep:activation_sweep",

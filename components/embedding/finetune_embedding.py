@@ -61,7 +61,7 @@ def finetune_embedding(
     """
     place, folder, digest = launcher or LocalLauncher(), model_folder(base).absolute(), digest_of(base)
     steps = _steps(config, pairs)
-    training = _engine(config, steps)
+    training = engine(config, steps)
     place.check(training)
     shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)  # an export that was cut off
     _announce(config, steps, digest, pairs)
@@ -127,8 +127,8 @@ def _steps(config: EmbeddingTrainingConfig, pairs: Manifest) -> int:
     return max(1, round(config.epochs * (len(train) // config.batch_size)))
 
 
-def _engine(config: EmbeddingTrainingConfig, steps: int) -> TrainingConfig:
-    """What the launcher needs to know."""
+def engine(config: EmbeddingTrainingConfig, steps: int) -> TrainingConfig:
+    """What the launcher needs to know of the section."""
     return TrainingConfig(
         steps=steps,
         global_batch_size=config.batch_size,
