@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.uri import local_path
 
-_FORMATS = {".txt": "plain", ".md": "plain", ".jsonl": "jsonl", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".zst")
-READABLE = "txt, md, jsonl and parquet, each also as .gz or .zst"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Formats that a reader takes.
+
+    Attributes:
+        kinds: ending of a file's name, without compression, to the `kind` of its format.
+        readable: the same for people.
+    """
+
+    kinds: Mapping[str, str]
+    readable: str
+
+
+_TEXTS = {".txt": "plain", ".md": "plain", ".jsonl": "jsonl", ".parquet": "parquet"}
+TEXT_FORMATS = Formats(_TEXTS, "txt, md, jsonl and parquet, each also as .gz or .zst")
+TABLE_FORMATS = Formats({".csv": "csv", ".parquet": "parquet"}, "csv and parquet, each also as .gz or .zst")
 
 
 @dataclass(frozen=True)
 class DocumentFormat:
-    """Format of a file: `plain`, `jsonl` or `parquet`, and its compression (`""`, `.gz` or `.zst`)."""
+    """Format of a file: `plain`, `jsonl`, `parquet` or `csv`, and its compression (`""`, `.gz` or `.zst`)."""
 
     kind: str
     compression: str
@@ -39,17 +55,19 @@ class SourceFile:
     format: DocumentFormat
 
 
-def document_format(name: str) -> DocumentFormat | None:
+def document_format(name: str, formats: Formats = TEXT_FORMATS) -> DocumentFormat | None:
     """Format told by a file's name, or None when it is not one we read."""
     stem, compression = name.lower(), ""
     for suffix in _COMPRESSIONS:
         if stem.endswith(suffix):
             stem, compression = stem.removesuffix(suffix), suffix
-    kind = _FORMATS.get(os.path.splitext(stem)[1])
+    kind = formats.kinds.get(os.path.splitext(stem)[1])
     return DocumentFormat(kind, compression) if kind else None
 
 
-def list_files(paths: Sequence[str], *, parameter: str = "corpus.source.paths") -> list[SourceFile]:
+def list_files(
+    paths: Sequence[str], *, parameter: str = "corpus.source.paths", formats: Formats = TEXT_FORMATS
+) -> list[SourceFile]:
     """Files named by files and folders, in an order that only names decide.
 
     Folders are searched recursively; hidden entries, other formats and linked folders are passed over.
@@ -62,30 +80,32 @@ def list_files(paths: Sequence[str], *, parameter: str = "corpus.source.paths") 
     for given in paths:
         path = local_path(given, parameter=parameter)
         if path.is_dir():
-            inside = list(_walk(path, parameter))
+            inside = list(_walk(path, parameter, formats))
             if not inside:
                 raise UserError(
-                    f"{parameter}: {given} holds no file that can be read ({READABLE}); name another folder"
+                    f"{parameter}: {given} holds no file that can be read ({formats.readable}); name another folder"
                 )
             found.extend(inside)
         elif path.is_file():
-            kind = document_format(path.name)
+            kind = document_format(path.name, formats)
             if kind is None:
-                raise UserError(f"{parameter}: {given} has a format that is not read; convert it to {READABLE}")
+                raise UserError(
+                    f"{parameter}: {given} has a format that is not read; convert it to {formats.readable}"
+                )
             found.append(SourceFile(path, path.name, kind))
         else:
             raise UserError(f"{parameter}: {given} does not exist; give an existing file or folder")
     return found
 
 
-def _walk(folder: Path, parameter: str) -> Iterable[SourceFile]:
+def _walk(folder: Path, parameter: str, formats: Formats) -> Iterable[SourceFile]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{parameter}: {error.filename} cannot be listed ({error.strerror}); make it readable")
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            kind = document_format(name)
+            kind = document_format(name, formats)
             path = Path(parent, name)
             if kind is None or name.startswith("."):
                 continue
@@ -105,9 +125,11 @@ def state(entries: Iterable[tuple[str, Path]]) -> str:
     return f"{count} files, {size} bytes, {digest.hexdigest()[:24]}"
 
 
-def fingerprint_files(paths: Sequence[str], *, parameter: str = "corpus.source.paths") -> str:
+def fingerprint_files(
+    paths: Sequence[str], *, parameter: str = "corpus.source.paths", formats: Formats = TEXT_FORMATS
+) -> str:
     """State of every file that `list_files` finds; see there for the errors."""
-    return state((entry.name, entry.path) for entry in list_files(paths, parameter=parameter))
+    return state((entry.name, entry.path) for entry in list_files(paths, parameter=parameter, formats=formats))
 
 
 def folder_state(folder: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.uri import split_s3
-from modelmill.components.data.files import READABLE, DocumentFormat, document_format
+from modelmill.components.data.files import TEXT_FORMATS, DocumentFormat, Formats, document_format
 
 _PARAMETER = "corpus.source"
 _CHUNK = 1 << 20
@@ -65,13 +65,16 @@ def _explained(uri: str, endpoint_url: str | None, parameter: str) -> Iterator[N
         raise UserError(f"{parameter}.uri: {uri}: {error}; check the AWS settings") from None
 
 
-def list_objects(uri: str, endpoint_url: str | None, parameter: str = _PARAMETER) -> list[RemoteObject]:
+def list_objects(
+    uri: str, endpoint_url: str | None, parameter: str = _PARAMETER, formats: Formats = TEXT_FORMATS
+) -> list[RemoteObject]:
     """Readable objects at a key or below a prefix, sorted by key.
 
     Args:
         uri: key or prefix.
         endpoint_url: of an S3-compatible store; None means AWS.
         parameter: of the recipe, for messages.
+        formats: that are read.
 
     Raises:
         UserError: no bucket, no object, no credentials, no connection, or nothing in a format that is read.
@@ -88,10 +91,10 @@ def list_objects(uri: str, endpoint_url: str | None, parameter: str = _PARAMETER
     found = [
         RemoteObject(entry["Key"], entry["Size"], entry["ETag"].strip('"'), kind)
         for entry in chosen
-        if (kind := document_format(entry["Key"]))
+        if (kind := document_format(entry["Key"], formats))
     ]
     if not found:
-        raise UserError(f"{parameter}.uri: {uri} holds no object that can be read; store {READABLE}")
+        raise UserError(f"{parameter}.uri: {uri} holds no object that can be read; store {formats.readable}")
     return sorted(found, key=lambda entry: entry.key)
 
 
@@ -100,9 +103,11 @@ def _pages(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
     return [entry for page in pages for entry in page.get("Contents", [])]
 
 
-def fingerprint_objects(uri: str, endpoint_url: str | None, parameter: str = _PARAMETER) -> str:
+def fingerprint_objects(
+    uri: str, endpoint_url: str | None, parameter: str = _PARAMETER, formats: Formats = TEXT_FORMATS
+) -> str:
     """Number, total size and a digest of keys, sizes and ETags; see `list_objects` for the errors."""
-    objects = list_objects(uri, endpoint_url, parameter)
+    objects = list_objects(uri, endpoint_url, parameter, formats)
     digest = hashlib.sha256("".join(f"{entry.key}\0{entry.size}\0{entry.etag}\n" for entry in objects).encode())
     return f"{len(objects)} objects, {sum(entry.size for entry in objects)} bytes, {digest.hexdigest()[:24]}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modelmill.components.core.uri import split_s3
 from modelmill.components.data.config import CorpusConfig, FilesSource, InstalledDocsSource, S3Source, Source
-from modelmill.components.data.files import DocumentFormat, list_files
+from modelmill.components.data.files import TEXT_FORMATS, DocumentFormat, Formats, list_files
 from modelmill.components.data.formats import ReadOptions, read_texts
 from modelmill.components.data.huggingface import read_dataset
 from modelmill.components.data.installed_docs import read_installed_docs
@@ -55,7 +55,7 @@ def _read_objects(source: S3Source, config: CorpusConfig, scratch: Path) -> Gene
 
 
 def fetch_objects(
-    uri: str, endpoint_url: str | None, scratch: Path, parameter: str
+    uri: str, endpoint_url: str | None, scratch: Path, parameter: str, formats: Formats = TEXT_FORMATS
 ) -> Generator[tuple[Path, str, DocumentFormat], None, None]:
     """Objects at a key or below a prefix, one at a time: local path (until the next one), URI and format.
 
@@ -64,13 +64,14 @@ def fetch_objects(
         endpoint_url: of an S3-compatible store; None means AWS.
         scratch: folder for the object.
         parameter: of the recipe, for messages.
+        formats: that are read.
 
     Raises:
         UserError: see `list_objects` and `download`.
     """
     bucket, _ = split_s3(uri, parameter=f"{parameter}.uri")
     target = scratch / "object"  # never the key: it may hold `..` or be as long as S3 allows
-    for entry in list_objects(uri, endpoint_url, parameter):
+    for entry in list_objects(uri, endpoint_url, parameter, formats):
         try:
             download(uri, endpoint_url, entry, target, parameter)
             yield target, f"s3://{bucket}/{entry.key}", entry.format

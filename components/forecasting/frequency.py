@@ -18,8 +18,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from modelmill.components.core.errors import UserError
 
 SEASON_LENGTHS = {"s": 3600, "min": 1440, "h": 24, "D": 7, "B": 5, "W": 1, "M": 12, "Q": 4, "Y": 1}
@@ -109,8 +107,3 @@ def parse_frequency(alias: str, *, parameter: str = "series.frequency") -> Frequ
 def _unknown(alias: str, parameter: str) -> UserError:
     known = "15min, h, D, B, W-SUN, MS, ME, QE-DEC or YE-DEC"
     return UserError(f"{parameter}: {alias!r} is not a frequency that is read; write one like {known}")
-
-
-def month_index(times: np.ndarray) -> np.ndarray:
-    """Months since January 1970 of datetime64[ns] timestamps, as int64."""
-    return times.astype("datetime64[M]").astype(np.int64)

@@ -26,6 +26,8 @@ Reading:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -233,6 +235,22 @@ class SeriesTable:
         last = int(self.lengths[index]) if end is None else end
         dates = pd.date_range(pd.Timestamp(self.starts[index]), periods=max(last, 0), freq=self.frequencies[index])
         return dates[begin:last]
+
+    def digest(self) -> str:
+        """SHA-256, as hex, of everything that is stored, whatever the file's batches."""
+        found = hashlib.sha256(json.dumps([self.item_ids, self.frequencies]).encode())
+        found.update(self.starts.astype("<M8[ns]").tobytes() + self.season_lengths.astype("<i8").tobytes())
+        columns = ["target", *(PAST + name for name in self.past_names), *(KNOWN + name for name in self.known_names)]
+        for column in columns:
+            found.update(column.encode())
+            lists = [self._list(number, column) for number in range(len(self._batches))]
+            for offsets, _ in lists:
+                found.update(np.diff(offsets).astype("<i8").tobytes())
+            for offsets, flat in lists:
+                part = flat[int(offsets[0]) : int(offsets[-1])]
+                numbers = isinstance(part, np.ndarray)
+                found.update(part.astype("<f8").tobytes() if numbers else json.dumps(part.to_pylist()).encode())
+        return found.hexdigest()
 
 
 def _batches(source: pa.MemoryMappedFile) -> list[pa.RecordBatch]:
