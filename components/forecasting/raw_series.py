@@ -222,7 +222,7 @@ def _covariate(column: pa.ChunkedArray, name: str, label: str) -> Any:
     if not _is_text(array.type):
         return _numbers(array, name, label)
     text = _absent(array)
-    numbers, bad = _parsed(text)
+    numbers, bad = _parsed(_truths(text))
     some = int(text.is_valid().sum().as_py() or 0)
     if not bad.any():
         return numbers
@@ -230,6 +230,14 @@ def _covariate(column: pa.ChunkedArray, name: str, label: str) -> Any:
         what = f"column {label!r} holds numbers and, in some rows, text"
         refuse(what, *_rows(bad, name, array), "make it all numbers, or all text")
     return text.dictionary_encode()
+
+
+def _truths(text: pa.Array) -> pa.Array:
+    """`true` and `false`, if there is nothing else, as 1 and 0, which is what they are in parquet."""
+    lower = pc.utf8_lower(text)
+    if not pc.all(pc.is_in(lower, pa.array(["true", "false", None])), min_count=0).as_py():
+        return text
+    return pc.if_else(pc.equal(lower, "true"), "1", "0")
 
 
 def _times(column: pa.ChunkedArray, name: str, source: LongTable, timezone: str | None) -> np.ndarray:

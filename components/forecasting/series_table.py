@@ -87,10 +87,11 @@ class SeriesTable:
         self.past_names = tuple(n.removeprefix(PAST) for n in schema.names if n.startswith(PAST))
         self.known_names = tuple(n.removeprefix(KNOWN) for n in schema.names if n.startswith(KNOWN))
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+        self._length = int(self._ends[-1]) if len(self._ends) else 0
         self._views: dict[tuple[int, str], tuple[np.ndarray, Any]] = {}
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._length
 
     def _strings(self, name: str) -> list[str]:
         return [text for batch in self._batches for text in batch.column(name).to_pylist()]
@@ -153,10 +154,10 @@ class SeriesTable:
         return view
 
     def _values(self, index: int, column: str) -> np.ndarray:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"series {index} of {len(self)}")
-        index %= len(self)
-        batch = int(np.searchsorted(self._ends, index, side="right"))
+        if not -self._length <= index < self._length:
+            raise IndexError(f"series {index} of {self._length}")
+        index %= self._length
+        batch = int(np.searchsorted(self._ends, index, side="right")) if len(self._ends) > 1 else 0
         row = index - (int(self._ends[batch - 1]) if batch else 0)
         offsets, flat = self._list(batch, column)
         part = flat[int(offsets[row]) : int(offsets[row + 1])]

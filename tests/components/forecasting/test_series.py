@@ -1,0 +1,477 @@
+"""Step `prepare_series`: what it reads and mends, and what it refuses by name."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from moto.server import ThreadedMotoServer
+from pydantic import ValidationError
+
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.manifest import Manifest
+from modelmill.components.forecasting.series import prepare_series
+from modelmill.components.forecasting.series_config import PackagedName, SeriesConfig
+from modelmill.components.forecasting.series_table import SeriesTable, open_series
+
+from .conftest import Produce
+
+Frame = pd.DataFrame
+
+
+def long(*items: tuple[str, str, str, list[float]]) -> Frame:
+    """Items as (name, first timestamp, frequency, values)."""
+    parts = [
+        Frame({"item_id": name, "timestamp": pd.date_range(start, periods=len(values), freq=freq), "target": values})
+        for name, start, freq, values in items
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def config(paths: list[Path] | Path, **values: Any) -> SeriesConfig:
+    columns = {name: values.pop(name) for name in list(values) if name in COLUMNS}
+    paths = paths if isinstance(paths, list) else [paths]
+    source = {"type": "files", "paths": [str(path) for path in paths]} | columns
+    return SeriesConfig.model_validate({"source": source, "horizon": 1, "min_context": 1} | values)
+
+
+COLUMNS = {
+    "item_id",
+    "timestamp",
+    "target",
+    "past_covariates",
+    "known_covariates",
+    "timestamp_format",
+    "delimiter",
+}
+
+
+class Prepare:
+    """Writes a table as csv and runs the step on it."""
+
+    def __init__(self, produce: Produce, folder: Path) -> None:
+        self._produce, self._folder = produce, folder
+
+    def manifest(self, frame: Frame | str, **values: Any) -> Manifest:
+        path = self._folder / "a.csv"
+        if isinstance(frame, str):
+            path.write_text(frame)
+        else:
+            frame.to_csv(path, index=False)
+        return self._produce(prepare_series, config(path, **values))
+
+    def __call__(self, frame: Frame | str, **values: Any) -> SeriesTable:
+        return open_series(self.manifest(frame, **values))
+
+
+@pytest.fixture
+def prepare(produce: Produce, tmp_path: Path) -> Prepare:
+    return Prepare(produce, tmp_path)
+
+
+def test_the_packaged_series(produce: Produce) -> None:
+    source = {"type": "packaged", "names": list(get_args(PackagedName))}
+    settings = {"source": source, "horizon": 8, "windows": 2, "season_lengths": {"YS": 11, "W-SAT": 52}}
+    manifest = produce(prepare_series, SeriesConfig.model_validate(settings))
+    table = open_series(manifest)
+    assert manifest.counts == {"series": 25, "points": 6751, "missing_points": 59, "constant_series": 0}
+    found = {name: number for number, name in enumerate(table.item_ids)}
+    assert len(table.target(found["elnino"])) == 732
+    assert table.target(found["air_passengers"])[:3].tolist() == [112.0, 118.0, 132.0]
+    assert table.frequencies[found["co2"]] == "W-SAT"
+    assert table.season_lengths[found["sunspots"]] == 11
+    assert table.season_lengths[found["macrodata.cpi"]] == 4
+    assert str(table.timestamps(found["macrodata.cpi"])[-1].date()) == "2009-07-01"
+    assert table.train(found["nile"]).shape == (84,)
+    assert manifest.metadata["frequencies"] == {"QS-JAN": 19, "MS": 2, "YS-JAN": 2, "ME": 1, "W-SAT": 1}
+    report = manifest.path("report.html").read_text()
+    assert report.count("<svg") == 24
+    assert "sunspots" in manifest.path("report.md").read_text()
+    rows = pq.read_table(manifest.path("series.parquet")).to_pandas().set_index("item_id")
+    nile = table.train(found["nile"])
+    assert rows.loc["nile", "seasonal_error"] == pytest.approx(np.abs(nile[11:] - nile[:-11]).mean())
+    assert rows.loc["co2", "missing"] == 59
+    assert rows.loc["co2", "scale"] == pytest.approx(np.nanmean(table.target(found["co2"])))
+    assert rows.loc["co2", "end"] == pd.Timestamp("2001-12-29")
+    assert manifest.metadata["dataset_digest"] == table.digest()
+
+
+def test_equal_inputs_give_equal_bytes(prepare: Prepare) -> None:
+    frame = long(("a", "2024-01-01", "D", [1, 2, 3]), ("b", "2024-01-01", "h", [4, 5, 6]))
+    first, second = prepare.manifest(frame), prepare.manifest(frame)
+    assert first.digest == second.digest
+    assert prepare.manifest(frame.assign(target=frame.target + 1)).digest != first.digest
+
+
+def test_rows_in_any_order_with_gaps_of_two_items(prepare: Prepare) -> None:
+    frame = long(("a", "2024-01-01", "D", [1, 2, 3, 4, 5]), ("b", "2024-01-31", "ME", [10, 20, 30, 40]))
+    table = prepare(frame.drop([2]).sample(frac=1, random_state=3))
+    a, b = table.index("a"), table.index("b")
+    np.testing.assert_array_equal(table.target(a), [1, 2, np.nan, 4, 5])
+    np.testing.assert_array_equal(table.target(b), [10, 20, 30, 40])
+    assert (table.frequencies[a], table.frequencies[b]) == ("D", "ME")
+
+
+@pytest.mark.parametrize("form", ["parquet", "parquet.zst", "csv.gz", "csv.zst", "folder"])
+def test_formats_hold_the_same(produce: Produce, tmp_path: Path, form: str) -> None:
+    frame = long(("7", "2024-01-01", "D", [1, 2, 3]), ("NA", "2024-01-01", "D", [4, np.nan, 6]))
+    text = frame.to_csv(index=False).encode()
+    path = tmp_path / f"in.{form}"
+    parquet = tmp_path / "whole"
+    frame.to_parquet(parquet)
+    if form == "folder":
+        path.mkdir()
+        frame[:3].to_csv(path / "1.csv", index=False)
+        frame[3:].to_parquet(path / "2.parquet")
+        (path / "README.md").write_text("not a table")
+    elif form == "parquet":
+        path.write_bytes(parquet.read_bytes())
+    elif form == "parquet.zst":
+        path.write_bytes(zstandard.compress(parquet.read_bytes()))
+    else:
+        path.write_bytes(gzip.compress(text) if form.endswith("gz") else zstandard.compress(text))
+    table = open_series(produce(prepare_series, config(path)))
+    assert table.item_ids == ["7", "NA"]
+    np.testing.assert_array_equal(table.target(1), [4, np.nan, 6])
+
+
+def test_other_columns_formats_and_a_table_of_one_series(prepare: Prepare) -> None:
+    text = "when;sold;note\n03.01.2024;3;\n01.01.2024;1;x\n02.01.2024;;y\n"
+    names = {"item_id": None, "timestamp": "when", "target": "sold", "delimiter": ";"}
+    table = prepare(text, **names, timestamp_format="%d.%m.%Y")
+    assert table.item_ids == ["sold"]
+    np.testing.assert_array_equal(table.target(0), [1, np.nan, 3])
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.timestamp("s"), pa.timestamp("ns"), pa.timestamp("us", "UTC"), pa.date32(), pa.string(), pa.int64()]
+)
+def test_timestamps_of_parquet(produce: Produce, tmp_path: Path, kind: pa.DataType) -> None:
+    times = pa.array(pd.date_range("2024-01-01", periods=3)).cast(pa.timestamp("us"))
+    values = times.cast(pa.date32()) if kind == pa.date32() else times
+    if pa.types.is_string(kind):
+        values = values.cast(kind)
+    elif pa.types.is_timestamp(kind):
+        values = values.cast(pa.timestamp(kind.unit)).cast(kind)
+    years = kind == pa.int64()
+    values = pa.array([2022, 2023, 2024]) if years else values
+    names, target = pa.array([5, 5, 5]), pa.array([1, None, 3], pa.int32())
+    pq.write_table(pa.table({"item_id": names, "timestamp": values, "target": target}), tmp_path / "a.parquet")
+    more = {"timestamp_format": "%Y"} if years else {}
+    table = open_series(produce(prepare_series, config(tmp_path / "a.parquet", **more)))
+    assert table.starts[0] == np.datetime64("2022-01-01" if years else "2024-01-01")
+    assert table.item_ids == ["5"]
+    np.testing.assert_array_equal(table.target(0), [1, np.nan, 3])
+
+
+def test_offsets_become_the_time_of_a_zone(prepare: Prepare) -> None:
+    days = pd.date_range("2024-03-29", periods=5, freq="D", tz="Europe/Berlin")  # the clock changes within
+    text = "item_id,timestamp,target\n" + "".join(f"a,{day.isoformat()},{n}\n" for n, day in enumerate(days))
+    table = prepare(text, timezone="Europe/Berlin")
+    assert (table.frequencies, table.starts[0]) == (["D"], np.datetime64("2024-03-29"))
+    with pytest.raises(UserError, match=r"irregular timestamps, off the grid of D from 2024-03-28 23:00:00"):
+        prepare(text)
+    hours = pd.date_range("2024-10-27", periods=4, freq="h", tz="Europe/Berlin")
+    text = "item_id,timestamp,target\n" + "".join(f"a,{hour.isoformat()},1\n" for hour in hours)
+    assert prepare(text).starts[0] == np.datetime64("2024-10-26T22:00")
+    with pytest.raises(UserError, match="two rows for one item and timestamp"):
+        prepare(text, timezone="Europe/Berlin")
+
+
+def test_covariates_past_and_known_ahead(prepare: Prepare) -> None:
+    frame = long(("a", "2024-01-01", "D", [1, 2, 3, np.nan, np.nan]), ("b", "2024-01-01", "D", [4, np.nan, 6]))
+    frame["price"] = [1, 2, 3, 4, 5, 6, 7, 8]
+    frame["sky"] = ["sun", "", "rain", "", "", "rain", "sun", "sun"]
+    frame["holiday"] = [True, False] * 4
+    table = prepare(frame, past_covariates=["sky"], known_covariates=["price", "holiday"])
+    assert (table.past_names, table.known_names) == (("sky",), ("price", "holiday"))
+    np.testing.assert_array_equal(table.target(0), [1, 2, 3])
+    np.testing.assert_array_equal(table.target(1), [4, np.nan, 6])
+    np.testing.assert_array_equal(table.covariate(0, "price"), [1, 2, 3, 4, 5])
+    assert table.covariate(0, "sky").tolist() == ["sun", None, "rain"]
+    context = table.context(0, horizon=2)
+    np.testing.assert_array_equal(context.future["holiday"], [0, 1])
+    # Without covariates that are known ahead, a missing end is a missing end.
+    assert prepare(frame, past_covariates=["sky"]).lengths.tolist() == [5, 3]
+
+
+@pytest.mark.parametrize(
+    ("policy", "values", "price"),
+    [
+        ("first", [1, 2, 6], [10, 20, 40]),
+        ("last", [1, 4, 6], [10, 30, 40]),
+        ("mean", [1, 3, 6], [10, 25, 40]),
+        ("sum", [1, 6, 6], [10, 25, 40]),
+    ],
+)
+def test_duplicates_are_merged_when_asked_for(
+    prepare: Prepare, policy: str, values: list[float], price: list[float]
+) -> None:
+    text = (
+        "item_id,timestamp,target,price\na,2024-01-01,1,10\na,2024-01-02,2,20\na,2024-01-02,4,30\na,2024-01-03,6,40\n"
+    )
+    manifest = prepare.manifest(text, duplicates=policy, past_covariates=["price"])
+    table = open_series(manifest)
+    np.testing.assert_array_equal(table.target(0), values)
+    np.testing.assert_array_equal(table.covariate(0, "price"), price)
+    assert manifest.counts["duplicate_rows"] == 1
+
+
+def test_irregular_times_are_rounded_when_asked_for(prepare: Prepare) -> None:
+    times = ["2024-01-02 10:00", "2024-01-30 09:00", "2024-02-15", "2024-04-01"]
+    frame = Frame({"item_id": "a", "timestamp": times, "target": [1, 2, 3, 4]})
+    manifest = prepare.manifest(frame, frequency="MS", irregular="round", duplicates="sum")
+    table = open_series(manifest)
+    np.testing.assert_array_equal(table.target(0), [3, 3, np.nan, 4])
+    assert manifest.counts["rounded_rows"] == 3
+    assert manifest.counts["filled_gaps"] == 1
+
+
+def test_faulty_series_are_dropped_when_asked_for(prepare: Prepare) -> None:
+    frame = long(
+        ("empty", "2024-01-01", "D", [np.nan] * 6),
+        ("good", "2024-01-01", "D", [1, 2, 3, 4, np.inf, 6]),
+        ("short", "2024-01-01", "D", [1, 2]),
+        ("flat", "2024-01-01", "D", [7] * 6),
+        ("single", "2024-01-01", "D", [7]),
+    )
+    drop = dict.fromkeys(("all_missing", "too_short", "constant"), "drop")
+    manifest = prepare.manifest(frame, **drop, infinite="missing", min_context=2)
+    table = open_series(manifest)
+    assert table.item_ids == ["good"]
+    np.testing.assert_array_equal(table.target(0), [1, 2, 3, 4, np.nan, 6])
+    expected = {"dropped_all_missing": 1, "dropped_too_short": 2, "dropped_constant": 1, "infinite": 1}
+    assert expected.items() <= manifest.counts.items()
+    assert "| empty | all missing |" in manifest.path("report.md").read_text()
+    with pytest.raises(UserError, match=r"none of 5 series is left \(all_missing 1, constant 1, too_short 3\)"):
+        prepare(frame, **drop, infinite="missing", min_context=5)
+
+
+def test_a_constant_series_is_kept_and_counted(prepare: Prepare) -> None:
+    manifest = prepare.manifest(long(("flat", "2024-01-01", "D", [7] * 6)))
+    assert manifest.counts["constant_series"] == 1
+
+
+def test_one_row_takes_the_frequency_that_all_others_have(prepare: Prepare) -> None:
+    frame = long(("a", "2024-01-01", "D", [1, 2, 3]), ("b", "2024-01-05", "D", [4]))
+    table = prepare(frame, windows=0)
+    assert table.frequencies == ["D", "D"]
+    with pytest.raises(UserError, match=r"^series\.frequency: items with one row.*'b'; set series\.frequency"):
+        prepare(
+            long(("a", "2024-01-01", "D", [1, 2]), ("c", "2024-01-01", "h", [1, 2]), ("b", "2024-01-05", "D", [4]))
+        )
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "constant": (
+        long(("a", "2024-01-01", "D", [3, 3, 3])),
+        {"constant": "refuse"},
+        r"^series\.constant: items that never change: 'a' \(3\); remove them, or set series\.constant to drop",
+    ),
+    "all missing": (
+        long(("a", "2024-01-01", "D", [np.nan] * 3), ("b", "2024-01-01", "D", [1, 2, 3])),
+        {},
+        r"^series\.all_missing: items without a single value: 'a'; remove them",
+    ),
+    "too short for the horizon": (
+        long(("a", "2024-01-01", "D", [1, 2, 3])),
+        {"horizon": 2, "windows": 2},
+        r"^series\.too_short: .*\(horizon 2, windows 2\): 'a' \(0 of 3 points\)",
+    ),
+    "two rows for one timestamp": (
+        "item_id,timestamp,target\na,2024-01-01,1\na,2024-01-02,2\na,2024-01-01,3\n",
+        {},
+        r"^series\.duplicates: .*a\.csv row 1 \('a' at 2024-01-01\), .*a\.csv row 3 \('a' at 2024-01-01\); remove",
+    ),
+    "irregular": (
+        "item_id,timestamp,target\na,2024-01-01,1\na,2024-01-02,2\na,2024-01-03,2\na,2024-01-04 06:00,3\n",
+        {},
+        r"^series\.irregular: .*grid of D from 2024-01-01: .*a\.csv row 4 \('a' at 2024-01-04 06:00:00\)",
+    ),
+    "another frequency": (
+        long(("a", "2024-01-01", "D", [1, 2, 3])),
+        {"frequency": "W-MON"},
+        r"^series\.irregular: .*grid of W-MON.* and 2|row 2 .*row 3",
+    ),
+    "gap": (
+        long(("a", "2024-01-01", "h", [1, 2, 3, 4, 5])).drop([2]),
+        {"gaps": "refuse"},
+        r"^series\.gaps: rows are missing before: .*a\.csv row 3 \('a' at 2024-01-01 03:00:00\)",
+    ),
+    "nearly all gaps": (
+        "item_id,timestamp,target\na,2024-01-01 00:00,1\na,2024-01-01 00:01,1\na,2024-01-01 00:02,1\na,2025-01-01,1\n",
+        {},
+        r"^series\.gaps: series that are nearly all gaps: 'a' \(4 rows over 527041 steps of min\)",
+    ),
+    "infinite": (
+        long(("a", "2024-01-01", "D", [1, np.inf, 3])),
+        {},
+        r"^series\.infinite: the target is infinite: .*a\.csv row 2 \('a' at 2024-01-02\); mend or remove the rows",
+    ),
+    "not a number": (
+        'item_id,timestamp,target\na,2024-01-01,1\na,2024-01-02,"1,5"\na,2024-01-03,n/a\n',
+        {},
+        r"column 'target' is not a number: .*a\.csv row 2 \('1,5'\); write numbers with a point",
+    ),
+    "no timestamp": (
+        "item_id,timestamp,target\na,2024-01-01,1\na,yesterday,2\na,,2\na,3024-01-01,1\n",
+        {},
+        r"column 'timestamp' is not a timestamp .*row 2 \('yesterday'\), .*row 3 \(''\), .*row 4 \('3024-01-01'\)",
+    ),
+    "offsets here and there": (
+        "item_id,timestamp,target\na,2024-01-01T00:00,1\na,2024-01-01T00:00Z,2\n",
+        {},
+        r"a\.csv row 2, column 'timestamp': some timestamps have an offset and others not",
+    ),
+    "no item": (
+        "item_id,timestamp,target\na,2024-01-01,1\n ,2024-01-02,2\n",
+        {},
+        r"the item in column 'item_id' is empty: .*a\.csv row 2; fill it",
+    ),
+    "unknown covariate": (
+        long(("a", "2024-01-01", "D", [1, 2, 3])),
+        {"known_covariates": ["price"]},
+        r"has the column 'price' not at all; its columns are item_id, timestamp, target",
+    ),
+    "column twice": (
+        "item_id,timestamp,target,target\na,2024-01-01,1,2\n",
+        {},
+        r"has the column 'target' twice",
+    ),
+    "covariate of numbers and text": (
+        "item_id,timestamp,target,price\na,2024-01-01,1,2\na,2024-01-02,1,high\n",
+        {"past_covariates": ["price"]},
+        r"column 'price' holds numbers and, in some rows, text: .*row 2 \('high'\)",
+    ),
+    "infinite covariate": (
+        "item_id,timestamp,target,price\na,2024-01-01,1,2\na,2024-01-02,1,inf\n",
+        {"past_covariates": ["price"]},
+        r"covariate 'price' is infinite: .*row 2",
+    ),
+    "torn line": (
+        "item_id,timestamp,target\na,2024-01-01\n",
+        {},
+        r"a\.csv cannot be read \(.*Expected 3 columns, got 2",
+    ),
+    "no row": ("item_id,timestamp,target\n", {}, r"a\.csv has no row"),
+    "nothing": ("", {}, r"has the column 'item_id' not at all"),
+    "one row": (
+        "item_id,timestamp,target\na,2024-01-01,1\n",
+        {"windows": 0},
+        r"items with one row, whose frequency cannot be told: 'a'; set series\.frequency",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_named(prepare: Prepare, name: str) -> None:
+    frame, values, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        prepare(frame, **values)
+
+
+def test_a_message_names_five_places_and_counts_the_others(prepare: Prepare) -> None:
+    rows = "".join(f"a,2024-01-01,{n}\n" for n in range(40))
+    with pytest.raises(UserError, match=r"row 5 \('a' at 2024-01-01\) and 35 more;"):
+        prepare(f"item_id,timestamp,target\n{rows}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"item_id": [1.5], "timestamp": ["2024-01-01"], "target": [1]}, "is double; items are text or integers"),
+        ({"item_id": ["a"], "timestamp": [20240101], "target": [1]}, "is int64, not timestamps; give dates"),
+        ({"item_id": ["a"], "timestamp": [1.0], "target": [1]}, "is double; give timestamps"),
+        ({"item_id": ["a"], "timestamp": ["2024-01-01"], "target": [[1]]}, "is list<.*; give a column of numbers"),
+        ({"item_id": ["a", None], "timestamp": ["2024-01-01"] * 2, "target": [1, 2]}, "is empty: .* row 2;"),
+    ],
+    ids=["item", "integer time", "float time", "list", "null item"],
+)
+def test_columns_of_another_type(produce: Produce, tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    pq.write_table(pa.table(content), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=message):
+        produce(prepare_series, config(tmp_path / "a.parquet"))
+
+
+def test_files_that_are_no_tables(produce: Produce, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
+        produce(prepare_series, config(tmp_path / "a.parquet"))
+    (tmp_path / "a.csv").write_bytes(b"item_id,timestamp,target\n\xff,2024-01-01,1\n")
+    with pytest.raises(UserError, match=r"a\.csv cannot be read \(.*UTF8"):
+        produce(prepare_series, config(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match=r"a\.txt has a format that is not read; convert it to csv and parquet"):
+        config(tmp_path / "a.txt").fingerprint()
+
+
+def test_a_covariate_must_be_of_one_kind_in_all_files(produce: Produce, tmp_path: Path) -> None:
+    for number, values in enumerate((["x", "y"], [1, 2], ["", ""])):
+        days = pd.date_range(f"2024-0{number + 1}-01", periods=2)
+        frame = Frame({"item_id": f"i{number}", "timestamp": days, "target": [1, 2], "sky": values})
+        frame.to_csv(tmp_path / f"{number}.csv", index=False)
+    paths = [tmp_path / "0.csv", tmp_path / "2.csv"]
+    table = open_series(produce(prepare_series, config(paths, past_covariates=["sky"])))
+    assert table.covariate(1, "sky").tolist() == [None, None]
+    with pytest.raises(UserError, match=r"column 'sky' holds numbers in .*1\.csv and text in another file"):
+        produce(prepare_series, config([*paths, tmp_path / "1.csv"], past_covariates=["sky"]))
+
+
+def test_a_bucket(produce: Produce, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    values = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        client = boto3.client("s3", endpoint_url=endpoint)
+        client.create_bucket(Bucket="series")
+        text = long(("a", "2024-01-01", "D", [1, 2, 3])).to_csv(index=False).encode()
+        client.put_object(Bucket="series", Key="daily/a.csv.gz", Body=gzip.compress(text))
+        client.put_object(Bucket="series", Key="daily/b.txt", Body=b"")
+        source = {"type": "s3", "uri": "s3://series/daily", "endpoint_url": endpoint}
+        settings = SeriesConfig.model_validate({"source": source, "horizon": 1, "min_context": 1})
+        assert "1 objects" in settings.fingerprint()
+        assert open_series(produce(prepare_series, settings)).target(0).tolist() == [1, 2, 3]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"frequency": "often"}, "'often' is not a frequency that is read; write one like 15min"),
+        ({"season_lengths": {"often": 3}}, "'often' is not a frequency"),
+        ({"timezone": "Mars/Olympus"}, "'Mars/Olympus' is not a zone"),
+        ({"irregular": "round"}, "round needs a frequency to round to; set frequency"),
+        ({"target": "timestamp"}, "'timestamp' is named twice"),
+        ({"horizon": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_sections_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(Path("a.csv"), **values)
+
+
+def test_sources_have_the_same_covariates() -> None:
+    files = {"type": "files", "paths": ["a"], "past_covariates": ["x"]}
+    for other in ({"type": "packaged", "names": ["nile"]}, {"type": "files", "paths": ["b"]}):
+        with pytest.raises(ValidationError, match="the sources differ in their covariates"):
+            SeriesConfig.model_validate({"source": [files, other], "horizon": 1})
+
+
+def test_a_fingerprint_names_versions() -> None:
+    source = {"type": "packaged", "names": ["nile", "air_passengers"]}
+    text = SeriesConfig.model_validate({"source": source, "horizon": 1}).fingerprint()
+    assert text.startswith("packaged:statsforecast ")
+    assert ",statsmodels " in text
