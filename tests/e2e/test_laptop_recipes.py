@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "modelmill.pipelines.cli"]
+from tests.e2e.command import manifests, modelmill
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
-
-
-def modelmill(work: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MODELMILL_", "MLFLOW_", "OMP_"))}
-    full = {**inherited, "MODELMILL_HOME": str(work / "home"), **environment}
-    return subprocess.run([*COMMAND, *arguments], cwd=work, env=full, capture_output=True, text=True)
-
-
-def manifests(work: Path, step: str) -> list[dict[str, Any]]:
-    paths = sorted((work / "home" / "store" / step).glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
-    return [json.loads(path.read_text()) for path in paths]
 
 
 class TestSmoke:
