@@ -16,8 +16,9 @@ from modelmill.components.core.home import Home
 from modelmill.components.data.loader import open_rows
 from modelmill.components.llama.huggingface import load_huggingface
 from modelmill.components.llama.pretrain import pretrain
-from modelmill.components.training.launch import LocalLauncher, TrainingJob
+from modelmill.components.training.launch import TrainingJob
 from tests.components.llama import sharded
+from tests.components.training.forked_ranks import ForkedRanks
 from tests.components.training.samples import make_tokenizer, make_tokens, pretrain_config, training_config
 
 
@@ -25,7 +26,7 @@ def launch(scratch: Path, *scenarios: str) -> list[dict[str, Any]]:
     """What each of four ranks found in each scenario."""
     training = training_config(parallel={"processes_per_node": 4})
     job = TrainingJob(sharded.MODULE, {"scenarios": scenarios}, training, scratch)
-    return LocalLauncher().launch(job).metadata["ranks"]
+    return ForkedRanks().launch(job).metadata["ranks"]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from tests.components.training.samples import LENGTH, MODEL, training_config
 
 MODULE = "tests.components.training.layouts"
 VOCAB = 98  # even, so that two ranks can share it, and not a multiple of 4, so that FSDP's parts are uneven
-STEPS = 20
+STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Scenario:
     resume: str | None = None
 
     def config(self) -> TrainingConfig:
-        """20 steps with one checkpoint in the middle, every step logged, and no accumulation unless asked for."""
+        """Few steps with one checkpoint in the middle, every step logged, and no accumulation unless asked for."""
         parallel = ParallelConfig.model_validate(self.parallel)
-        base = {"steps": STEPS, "validate_every": 10, "checkpoint_every": 10, "constant_steps": 2}
+        base = {"steps": STEPS, "validate_every": STEPS // 2, "checkpoint_every": STEPS // 2, "constant_steps": 2}
         base |= {"micro_batch_size": 8 // parallel.data_degree}
         return training_config(**{**base, **self.training, "parallel": self.parallel})
 

@@ -12,9 +12,10 @@ import torch
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
-from modelmill.components.training.launch import LocalLauncher, TrainingJob
+from modelmill.components.training.launch import TrainingJob
 from modelmill.components.training.mesh import Mesh
 from modelmill.components.training.prepare import prepare
+from tests.components.training.forked_ranks import ForkedRanks
 from tests.components.training.layouts import MODULE, STEPS, Scenario, as_spec, first_gradient, run
 from tests.components.training.runs import history, single_rank
 from tests.components.training.samples import make_tokens, training_config
@@ -63,7 +64,7 @@ class Measured:
         scratch.mkdir()
         spec = {"tokens": self.tokens.model_dump(mode="json"), "root": str(self.root), "tasks": as_spec(tasks)}
         training = training_config(parallel={"processes_per_node": processes})
-        found = LocalLauncher().launch(TrainingJob(MODULE, spec, training, scratch)).metadata["ranks"]
+        found = ForkedRanks().launch(TrainingJob(MODULE, spec, training, scratch)).metadata["ranks"]
         for name in found[0]:
             self.ranks[name] = [rank[name] for rank in found]
 

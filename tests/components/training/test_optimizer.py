@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from modelmill.components.training.adamw import AdamW
-from modelmill.components.training.launch import LocalLauncher, TrainingJob
+from modelmill.components.training.launch import TrainingJob
 from modelmill.components.training.mesh import Mesh
 from modelmill.components.training.optimizer import decay_groups, make_optimizer, start_step
+from tests.components.training.forked_ranks import ForkedRanks
 from tests.components.training.optimizers import MODULE, OPTIMIZERS, Parameters, checkpoints, updated
 from tests.components.training.runs import history
 from tests.components.training.samples import make_tokens, training_config
@@ -21,7 +22,7 @@ TWO = {"processes_per_node": 2}
 SPLIT = {"processes_per_node": 2, "tensor": 2}
 SHARDED = {"processes_per_node": 2, "shard": 2}
 STOCHASTIC = {"precision": "bf16-stochastic", "learning_rate": 2e-3}
-SHORT = {"validation_rows": 0, "checkpoint_every": None}
+SHORT = {"steps": 20, "validation_rows": 0, "checkpoint_every": None}
 RUNS: dict[str, dict[str, Any]] = {
     "copies": {"parallel": TWO, "training": {**SHORT, **STOCHASTIC}},
     "shared": {"parallel": SHARDED, "training": {**SHORT, **STOCHASTIC, "optimizer_state": "8bit"}},
@@ -125,7 +126,7 @@ def ranks(root: Path) -> list[dict[str, Any]]:
         spec = {"tokens": tokens.model_dump(mode="json"), "root": str(root), "runs": RUNS}
         (root / "launch").mkdir()
         job = TrainingJob(MODULE, spec, training_config(parallel=SHARDED), root / "launch")
-        return LocalLauncher().launch(job).metadata["ranks"]
+        return ForkedRanks().launch(job).metadata["ranks"]
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
