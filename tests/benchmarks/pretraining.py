@@ -25,45 +25,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
 from modelmill.components.training.schedule import learning_rate
 from tests.benchmarks._pretraining_peers import BATCH, LENGTH, MODEL, training_config
+from tests.benchmarks._rounds import ROOT, measure, one_round
 
 WARM_UP, CHECKED_STEPS, MEASURED_STEPS, TOLERANCE = 3, 50, 6, 1e-5
-ROOT = Path(__file__).resolve().parents[2]
 LITGPT = ROOT / ".venv" / "litgpt" / "bin" / "python"
 PEERS = ("ours", "hf_trainer", "bare_loop", *(["litgpt"] if LITGPT.exists() else []))
 
 
-def start(peer: str, mode: str, folder: Path, steps: int, threads: int, log: IO[str]) -> subprocess.Popen[str]:
-    """Start one peer in a process of its own."""
+def command(peer: str) -> list[str]:
+    """How a peer is started."""
     python, module = (LITGPT, "_litgpt_peer") if peer == "litgpt" else (sys.executable, "_pretraining_peers")
-    command = [str(python), "-m", f"tests.benchmarks.{module}", peer, mode, str(folder), str(steps)]
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    environment = {**os.environ, **limits, "TOKENIZERS_PARALLELISM": "false"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment, cwd=ROOT)
-
-
-def finished(peer: str, process: subprocess.Popen[str], log: IO[str]) -> Any:
-    """What a peer says last."""
-    last = process.communicate()[0].strip().splitlines()[-1:]
-    if process.returncode or not last:
-        log.seek(0)
-        raise SystemExit(f"{log.read()}\n{peer} failed with exit code {process.returncode}")
-    return json.loads(last[0])
-
-
-def measure(peer: str, mode: str, folder: Path, steps: int, threads: int) -> Any:
-    """Run one peer to its end."""
-    with tempfile.TemporaryFile("w+") as log:
-        return finished(peer, start(peer, mode, folder, steps, threads, log), log)
+    return [str(python), "-m", f"tests.benchmarks.{module}", peer]
 
 
 def prepare(folder: Path, steps: int) -> None:
@@ -86,7 +65,7 @@ def prepare(folder: Path, steps: int) -> None:
 
 def largest_loss_difference(folder: Path, threads: int) -> float:
     """Largest relative difference of our loss to a peer's at any checked step; a large one ends the program."""
-    losses = {peer: measure(peer, "check", folder, CHECKED_STEPS, threads) for peer in PEERS}
+    losses = {peer: measure(command(peer), "check", folder, CHECKED_STEPS, threads) for peer in PEERS}
     assert all(len(values) == CHECKED_STEPS for values in losses.values()), losses
     differences = {
         peer: max(abs(a - b) / b for a, b in zip(losses["ours"], losses[peer], strict=True)) for peer in PEERS[1:]
@@ -101,48 +80,17 @@ def largest_loss_difference(folder: Path, threads: int) -> float:
     return worst
 
 
-def one_round(folder: Path, steps: int, threads: int, first: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each turn and growth of resident memory of every peer.
-
-    Args:
-        folder: weights and batches.
-        steps: of each peer, the warm-up included.
-        threads: of each peer.
-        first: which peer begins a turn; another one in every turn, so that none always follows the same.
-    """
-    seconds: dict[str, list[float]] = {peer: [] for peer in PEERS}
-    with ExitStack() as stack:
-        logs = {peer: stack.enter_context(tempfile.TemporaryFile("w+")) for peer in PEERS}
-        running = {
-            peer: stack.enter_context(start(peer, "turns", folder, steps, threads, logs[peer])) for peer in PEERS
-        }
-        for peer, process in running.items():
-            if not process.stdout or not process.stdout.readline():  # the first step is done
-                finished(peer, process, logs[peer])
-        for turn in range(1, steps):
-            for place in range(len(PEERS)):
-                peer = PEERS[(first + turn + place) % len(PEERS)]
-                process = running[peer]
-                assert process.stdin is not None
-                assert process.stdout is not None
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                line = process.stdout.readline() or finished(peer, process, logs[peer])
-                if turn >= WARM_UP:
-                    seconds[peer].append(float(line))
-        return seconds, {peer: finished(peer, process, logs[peer]) for peer, process in running.items()}
-
-
 def compare(number: int, steps: int, threads: int) -> dict[str, float]:
     """Run the whole comparison and print its table."""
     rounds, residents = [], []
+    commands = {peer: command(peer) for peer in PEERS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, max(steps, CHECKED_STEPS))
         difference = largest_loss_difference(folder, threads)
-        heights = {peer: measure(peer, "memory", folder, MEASURED_STEPS, threads) for peer in PEERS}
+        heights = {peer: measure(command(peer), "memory", folder, MEASURED_STEPS, threads) for peer in PEERS}
         for index in range(number):
-            seconds, resident = one_round(folder, steps, threads, index)
+            seconds, resident = one_round(commands, folder, steps, threads, index, WARM_UP)
             rounds.append(seconds)
             residents.append(resident)
             speeds = {peer: BATCH * LENGTH / statistics.median(seconds[peer]) for peer in PEERS}
