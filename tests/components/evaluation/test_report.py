@@ -11,19 +11,10 @@ import pytest
 
 from modelmill.components.evaluation.figures import curves, learning_rate_curve, loss_curve
 from modelmill.components.evaluation.report import render_report, verdict
+from tests.components.evaluation.samples import MEASURED
 
 EVALUATION: dict[str, Any] = {
-    "scored": {"rows": 40, "split_rows": 90, "tokens": 2560, "bytes_per_token": 3.0, "basis": "Basis."},
-    "scores": {
-        "model": {"loss": 3.0, "standard_error": 0.1, "perplexity": 20.1, "bits_per_byte": 1.44},
-        "bigram": {"loss": 4.0, "standard_error": 0.1, "perplexity": 54.6, "bits_per_byte": 1.92},
-        "unigram": {"loss": 5.0, "standard_error": 0.1, "perplexity": 148.4, "bits_per_byte": 2.40},
-        "uniform": {"loss": 6.0, "perplexity": 403.4, "bits_per_byte": 2.89},
-    },
-    "comparison": {
-        "bigram": {"difference": -1.0, "standard_error": 0.05},
-        "unigram": {"difference": -2.0, "standard_error": 0.05},
-    },
+    **MEASURED,
     "validation": {"bigram": {"loss": 4.1, "bits_per_byte": 1.95}, "unigram": {"loss": 5.1, "bits_per_byte": 2.45}},
     "baselines": {"tokens": 10, "training_tokens": 20, "pairs": 5, "discount": 0.5, "lower_discount": 0.4},
     "provenance": {"weights_digest": "ab" * 32, "parameters": 1234567, "optimizer_steps": None, "code": ""},
