@@ -75,18 +75,19 @@ def _batch_losses(model: LanguageModel, windows: Sequence[Window], plain: bool) 
     targets = np.full((len(windows), width), -1, np.int64)
     for row, window in enumerate(windows):
         size = len(window.tokens) - 1
-        inputs[row, :size] = window.tokens[:-1]
-        targets[row, :size] = np.where(window.targets[1:], window.tokens[1:], -1)
+        tokens = window.tokens.astype(np.int64)  # stored unsigned, which has no -1
+        inputs[row, :size] = tokens[:-1]
+        targets[row, :size] = np.where(window.targets[1:], tokens[1:], -1)
     rows, places = np.nonzero(targets >= 0)
     wanted = torch.from_numpy(targets[rows, places]).to(model.device)
     index = torch.from_numpy(rows * width + places).to(model.device)
-    tokens = torch.from_numpy(inputs).to(model.device)
+    given = torch.from_numpy(inputs).to(model.device)
     if plain:
-        hidden = model.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = model.model.get_decoder()(input_ids=given, use_cache=False).last_hidden_state
         head = model.model.get_output_embeddings()
         found = _cross_entropies(hidden.flatten(0, 1)[index], wanted, head)
     else:
-        logits = model.model(input_ids=tokens, use_cache=False).logits
+        logits = model.model(input_ids=given, use_cache=False).logits
         found = _cross_entropies(logits.flatten(0, 1)[index], wanted, nn.Identity())
     totals: NDArray[np.float64] = np.zeros(len(windows))
     np.add.at(totals, rows, found.double().cpu().numpy())
