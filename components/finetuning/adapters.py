@@ -1,25 +1,24 @@
-"""Low-rank adapters of linear layers: LoRA and DoRA, read and written in the form of `peft`.
+"""Low-rank adapters: the layers, files and merging of `peft`, and what makes them part of our training runs.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685) adds (alpha / rank) B A to a frozen weight W, with A uniform and B zero at
 the start, so that training begins at the base. DoRA (Liu et al. 2024, arXiv:2402.09353) learns the length of every row
 of W + (alpha / rank) B A beside its direction; the norm it divides by counts as a constant (section 4.3).
 
-They are modules of ours and not `peft`'s: first weights are a function of the seed and the layer's name on every
-layout, sharding finds plain parameters, and a training image needs no further package.
+First weights are a function of the seed and the layer's name, on every layout and whatever else drew random numbers.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -29,77 +28,15 @@ from modelmill.components.finetuning.config import AdapterConfig
 from modelmill.components.training.initialize import init_uniform
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_NAME = "default"  # peft's name for a model's only adapter
 _PREFIX = "base_model.model."  # of every name in a peft file
-# Settings of peft that change what an adapter computes, and the values with which it is what it is here.
-_PLAIN: dict[str, Any] = {
-    "peft_type": "LORA",
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "layers_to_transform": None,
-}
-_OUTPUT = "lora_B.weight"  # the matrix that LoRA+ trains faster
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank addition; same inputs and outputs as the layer."""
-
-    def __init__(self, base_layer: nn.Linear, config: AdapterConfig) -> None:
-        super().__init__()
-        weight = base_layer.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        options: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": wide}
-        self.base_layer = base_layer
-        self.lora_A = nn.Linear(base_layer.in_features, config.rank, **options)
-        self.lora_B = nn.Linear(config.rank, base_layer.out_features, **options)
-        self.dropout = nn.Dropout(config.dropout)
-        self.scaling = config.alpha / config.rank
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.base_layer(hidden) + self._added(self.dropout(hidden))
-
-    def _added(self, hidden: Tensor) -> Tensor:
-        return self.lora_B(self.lora_A(hidden)) * self.scaling
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Weight [out, in] of the plain layer that computes the same."""
-        return self.base_layer.weight + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
-
-
-class DoraLinear(LoraLinear):
-    """The same with learnt row lengths."""
-
-    def __init__(self, base_layer: nn.Linear, config: AdapterConfig) -> None:
-        super().__init__(base_layer, config)
-        norms = torch.linalg.vector_norm(base_layer.weight.detach().to(self.lora_A.weight.dtype), dim=1)
-        self.lora_magnitude_vector = nn.Parameter(norms)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        scale = self._scale().to(hidden.dtype)
-        dropped = self.dropout(hidden)
-        # Dropout is on what the adapter adds, and the change of the base's lengths is part of that.
-        directions = F.linear(dropped, self.base_layer.weight)
-        return self.base_layer(hidden) + (scale - 1) * directions + scale * self._added(dropped)
-
-    def _scale(self) -> Tensor:
-        with torch.no_grad():
-            norms = torch.linalg.vector_norm(super().merged_weight(), dim=1)
-        return self.lora_magnitude_vector / norms
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        return self._scale().unsqueeze(1) * super().merged_weight()
 
 
 def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, dora: bool, seed: int) -> list[str]:
     """Freeze a model of transformers and put adapters into its linear layers, in place.
 
     Args:
-        model: with its weights, on any device, not distributed.
+        model: with its weights, which may be 4-bit for LoRA; on any device, not distributed.
         config: which layers, and the adapters' sizes.
         dora: whether row lengths are learnt as well.
         seed: of the first weights.
@@ -112,14 +49,38 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, dora: bool, s
     """
     names = find_targets(model, config)
     model.requires_grad_(False)
-    for name in names:
-        layer = (DoraLinear if dora else LoraLinear)(model.get_submodule(name), config)  # type: ignore[arg-type]
-        # peft's start: uniform over +-1/sqrt(in_features), which is Kaiming's with a = sqrt(5).
-        bound = 1 / math.sqrt(layer.lora_A.in_features)
-        init_uniform(layer.lora_A.weight, name=f"{name}.lora_A", seed=seed, bound=bound)
-        nn.init.zeros_(layer.lora_B.weight)
-        _replace(model, name, layer)
+    inject_adapter_in_model(peft_config(config, names, dora=dora), model)
+    for name, layer in adapters(model):
+        _start(layer, f"{name}.lora_A", seed)
     return names
+
+
+def peft_config(config: AdapterConfig, names: list[str], *, dora: bool, base: str = "") -> LoraConfig:
+    """An adapter in peft's words; its layers are named in full, as the end of a name may fit other layers too."""
+    settings: dict[str, Any] = {
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
+        "lora_dropout": config.dropout,
+        "use_dora": dora,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+    }
+    record = LoraConfig(**settings)
+    record.target_modules = names  # set later, it stays a list and is written in this order
+    return record
+
+
+@torch.no_grad()
+def _start(layer: Any, name: str, seed: int) -> None:
+    """Begin at the base; adapters over narrow weights are fp32, as what is trained needs its small updates."""
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    # peft's start: uniform over +-1/sqrt(in_features), which is Kaiming's with a = sqrt(5).
+    init_uniform(layer.lora_A[_NAME].weight, name=name, seed=seed, bound=1 / math.sqrt(layer.in_features))
+    for length in layer.lora_magnitude_vector.values():
+        rows = layer.get_base_layer().weight.to(length.weight.dtype)
+        length.weight.copy_(torch.linalg.vector_norm(rows, dim=1))
 
 
 def find_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
@@ -148,62 +109,38 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
     return found
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """A model's adapters by the name of the layer they stand in for."""
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             yield name, module
 
 
 def is_output_matrix(name: str) -> bool:
     """Whether a parameter is a B, which LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives a higher learning rate."""
-    return name.endswith(_OUTPUT)
+    return ".lora_B." in name
 
 
 @torch.no_grad()
-def gather_adapters(model: nn.Module, wanted: bool) -> dict[str, Tensor]:
+def gather_adapters(model: PreTrainedModel, wanted: bool) -> dict[str, Tensor]:
     """The adapters' weights by `peft`'s names, on the CPU; called by all ranks together, {} where not wanted."""
     found: dict[str, Tensor] = {}
-    for name, layer in adapters(model):
-        for own, parameter in layer.named_parameters():
-            if own.startswith("base_layer."):
-                continue
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if wanted:
-                found[f"{_PREFIX}{name}.{own}"] = whole.detach().cpu().contiguous()
-    return found
+            found[name] = whole.detach().cpu().contiguous() if wanted else torch.empty(0)
+    if not wanted:
+        return {}
+    state = get_peft_model_state_dict(model, state_dict=found, save_embedding_layers=False)
+    return {f"{_PREFIX}{name}": weight for name, weight in state.items()}
 
 
-def write_adapter(
-    folder: Path, weights: dict[str, Tensor], config: AdapterConfig, *, dora: bool, names: list[str], base: str
-) -> None:
-    """Write a folder that `peft.PeftModel.from_pretrained` reads.
-
-    Args:
-        folder: made if missing.
-        weights: from `gather_adapters`.
-        config: of the adapters.
-        dora: whether they learnt row lengths.
-        names: of the layers.
-        base: how the recipe calls the base.
-    """
+def write_adapter(folder: Path, weights: dict[str, Tensor], record: LoraConfig) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` reads, from `gather_adapters` and `peft_config`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    record = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": names,  # in full: the end of a name may fit other layers too
-        "use_dora": dora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    (folder / CONFIG_NAME).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    record.inference_mode = True
+    record.save_pretrained(str(folder))
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -211,51 +148,38 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
 
     Args:
         model: the base, on the CPU.
-        folder: from `write_adapter`, or of peft with the same settings.
+        folder: from `write_adapter`, or any LoRA adapter of peft.
 
     Raises:
-        UserError: the folder holds no LoRA adapter, one with settings that are not implemented, or one that does not
-            fit the model.
+        UserError: the folder holds no LoRA adapter, or one that does not fit the model.
     """
     try:
-        record = json.loads((folder / CONFIG_NAME).read_bytes())
-        config = AdapterConfig(rank=record["r"], alpha=record["lora_alpha"], targets=record["target_modules"])
-        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not (folder / CONFIG_NAME).is_file():
+            raise OSError(f"no {CONFIG_NAME}")  # peft would ask the Hub for it
+        record = PeftConfig.from_pretrained(str(folder))
+        weights = load_file(folder / WEIGHTS_NAME)
+        if not isinstance(record, LoraConfig):
+            raise TypeError(f"peft_type {record.peft_type}")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"adapter: {folder} holds no LoRA adapter ({error}); give the output of finetune") from None
-    for key, plain in _PLAIN.items():
-        if record.get(key, plain) not in (plain, None):
-            raise UserError(
-                f"adapter: {folder} has {key} {record[key]!r}, which is not implemented; merge it with peft"
-            )
-    add_adapters(model, config, dora=bool(record.get("use_dora")), seed=0)
-    targets = {
-        f"{_PREFIX}{name}.{own}": parameter
-        for name, layer in adapters(model)
-        for own, parameter in layer.named_parameters()
-        if not own.startswith("base_layer.")
-    }
-    wrong = sorted(targets.keys() ^ weights.keys())
-    wrong += [name for name in targets if name in weights and targets[name].shape != weights[name].shape]
+    try:
+        inject_adapter_in_model(record, model)
+        told: Any = set_peft_model_state_dict(model, weights)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"adapter: {folder} does not fit {type(model).__name__} ({reason})") from None
+    wrong = sorted([name for name in told.missing_keys if ".lora_" in name] + told.unexpected_keys)
     if wrong:
         raise UserError(f"adapter: {folder} and its configuration differ in {wrong[0]} ({len(wrong)} in all)")
-    with torch.no_grad():
-        for name, parameter in targets.items():
-            parameter.copy_(weights[name])
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> None:
+def merge(model: PreTrainedModel) -> None:
     """Put the adapters into the weights and the plain layers back into their places."""
     for name, layer in list(adapters(model)):
-        layer.base_layer.weight.copy_(layer.merged_weight())
-        _replace(model, name, layer.base_layer)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
 
 
 def _ends_with(name: str, target: str) -> bool:

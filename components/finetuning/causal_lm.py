@@ -77,13 +77,16 @@ def last_hidden_states(model: PreTrainedModel, tokens: Tensor, positions: Tensor
     return output.last_hidden_state
 
 
-def load_model(folder: Path | str, *, dtype: torch.dtype | None, attention: str = "sdpa") -> PreTrainedModel:
+def load_model(
+    folder: Path | str, *, dtype: torch.dtype | None, attention: str = "sdpa", **options: Any
+) -> PreTrainedModel:
     """Load a causal language model on the CPU from safetensors; code that comes with a model is never run.
 
     Args:
         folder: a Hugging Face folder.
         dtype: of the parameters; None keeps the checkpoint's. A checkpoint in fp64 is never narrowed.
         attention: `sdpa` or `eager`, as transformers calls them.
+        options: of `from_pretrained`.
 
     Raises:
         UserError: the folder holds no causal language model that transformers implements, or is damaged.
@@ -101,6 +104,7 @@ def load_model(folder: Path | str, *, dtype: torch.dtype | None, attention: str 
             use_safetensors=True,
             output_loading_info=True,
             **_LOCAL,
+            **options,
         )
     except Exception as error:  # transformers raises whatever its parts do
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -37,6 +37,15 @@ class AdapterConfig(Section):
         return value
 
 
+class QuantizationConfig(Section):
+    """The base of method qlora: 4-bit NormalFloat weights (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    double: bool = Field(
+        default=True,
+        description="Whether the scales of the 4-bit blocks are quantised too: 4.13 bits a weight, not 4.5.",
+    )
+
+
 class FinetuneConfig(Section):
     """Section of the fine-tuning step."""
 
@@ -45,6 +54,9 @@ class FinetuneConfig(Section):
         description="full (all weights), lora, dora (lengths and low-rank directions), or qlora (over 4-bit weights).",
     )
     adapter: AdapterConfig = Field(default=AdapterConfig(), description="The adapter; method full has none.")
+    quantization: QuantizationConfig = Field(
+        default=QuantizationConfig(), description="The 4-bit weights of method qlora; other methods have none."
+    )
     training: TrainingConfig = Field(
         description="Batch, layout, optimizer, schedule. Conversations packed into a row never see each other."
     )
@@ -54,6 +66,17 @@ class FinetuneConfig(Section):
         if self.method == "full" and self.adapter != AdapterConfig():
             raise ValueError(
                 "adapter: method full trains all weights and has no adapter; remove it or use method lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_qlora_quantises(self) -> Self:
+        if self.method != "qlora" and self.quantization != QuantizationConfig():
+            raise ValueError(f"quantization: method {self.method} trains on unquantised weights; use method qlora")
+        if self.method == "qlora" and self.training.accelerator == "neuron":
+            raise ValueError(
+                "training.accelerator: bitsandbytes has no 4-bit kernels for 'neuron'; use method lora with"
+                " training.parallel.shard to fit a large base"
             )
         return self
 
@@ -79,6 +102,11 @@ class MergeConfig(Section):
 
     rows: PositiveInt = Field(
         default=4, description="Held-out rows on which the merged model must give the logits of base and adapter."
+    )
+    into: Literal["trained", "original"] = Field(
+        default="trained",
+        description="What an adapter of method qlora is added to: trained (the 4-bit weights it was trained on, so the"
+        " model that training judged) or original (the base's own). Others have one kind only.",
     )
     tolerance: PositiveFloat = Field(
         default=1e-5,

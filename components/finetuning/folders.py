@@ -1,7 +1,8 @@
-"""Names of what fine-tuning writes, and the files it takes over from the base."""
+"""Names of what fine-tuning writes, and the files it takes over from others."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -15,3 +16,12 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+
+
+def take_file(source: Path, target: Path) -> None:
+    """Link a finished file into an output, or copy it where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

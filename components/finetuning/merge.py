@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
@@ -17,7 +17,8 @@ from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.instruction_rows import InstructionBatch, open_instructions
 from modelmill.components.finetuning.base import Base, open_base
 from modelmill.components.finetuning.config import MergeConfig
-from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
+from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer, take_file
+from modelmill.components.finetuning.job import refuse_missing_packages
 from modelmill.components.training.journal import HISTORY
 
 if TYPE_CHECKING:
@@ -37,29 +38,40 @@ def merge_adapter(
     what storing the weights in the base's precision changes is reported beside it, and must pass as well where that
     precision is the one of the check.
 
+    An adapter of method qlora was trained on weights rounded to 4 bits. It is added to those, written out again,
+    unless `merge.into` asks for the base's own; that model differs from the trained one by the rounding.
+
+    A model, which method full makes, needs no merging and is passed on with its history, so that one pipeline serves
+    every method.
+
     Args:
         config: rows and tolerance.
         output: an empty folder.
-        adapter: manifest of `finetune`.
+        adapter: manifest of `finetune` or `dpo`.
         instructions: manifest of `prepare_instructions`; rows of its validation split, or the test split where that is
             empty.
         base: manifest of the model the adapter was trained on.
 
     Returns:
-        kind `model`; metrics `logits_difference` (merged against base and adapter) and `stored_difference` (as read
-        back), both relative to the largest logit where that is over 1; metadata as of `finetune`.
+        kind `model`; metrics of the training and, where something was merged, `logits_difference` (merged against base
+        and adapter) and `stored_difference` (as read back), both relative to the largest logit where that is over 1;
+        metadata as of `finetune`.
 
     Raises:
         UserError: the adapter belongs to another base, there are no held-out rows, or the logits differ.
     """
+    if adapter.kind == "model":
+        return _pass_on(adapter, output)
     found = open_base(base)
     _check_pair(adapter, found)
+    rounding = adapter.metadata.get("quantization") if config.into == "trained" else None
+    refuse_missing_packages("qlora" if rounding else "lora")
     batch = _held_out(instructions, config.rows)
     for entry in adapter.files:
         adapter.path(entry.path)
     events.progress("merging")
     differences, largest = _merge(
-        found, local_path(adapter.uri) / ADAPTER_FOLDER, output / MODEL_FOLDER, batch, config
+        found, local_path(adapter.uri) / ADAPTER_FOLDER, output / MODEL_FOLDER, batch, config, rounding
     )
     copy_tokenizer(found.folder, output / MODEL_FOLDER)
     shutil.copyfile(adapter.path(HISTORY), output / HISTORY)
@@ -67,6 +79,7 @@ def merge_adapter(
         "base": found.name,
         "base_digest": found.digest,
         "adapter_digest": adapter.metadata.get("weights_digest"),
+        "quantization": rounding,
         "rows": len(batch.tokens),
         "largest_logit": largest,
         **differences,
@@ -84,11 +97,15 @@ def merge_adapter(
     return StepResult(kind="model", counts=counts, metrics={**adapter.metrics, **differences}, metadata=metadata)
 
 
+def _pass_on(model: Manifest, output: Path) -> StepResult:
+    for entry in model.files:
+        take_file(model.path(entry.path), output / entry.path)
+    return StepResult("model", counts=model.counts, metrics=model.metrics, metadata=model.metadata)
+
+
 def _check_pair(adapter: Manifest, base: Base) -> None:
     if adapter.kind != "adapter":
-        raise UserError(
-            f"adapter: {adapter.uri} is of kind {adapter.kind}; give what finetune makes with lora or dora"
-        )
+        raise UserError(f"adapter: {adapter.uri} is of kind {adapter.kind}; give what finetune or dpo makes")
     trained_on = str(adapter.metadata.get("base_digest", ""))
     if trained_on != base.digest:
         raise UserError(
@@ -106,7 +123,12 @@ def _held_out(instructions: Manifest, number: int) -> InstructionBatch:
 
 
 def _merge(
-    base: Base, adapter: Path, folder: Path, batch: InstructionBatch, config: MergeConfig
+    base: Base,
+    adapter: Path,
+    folder: Path,
+    batch: InstructionBatch,
+    config: MergeConfig,
+    rounding: dict[str, Any] | None,
 ) -> tuple[dict[str, float], float]:
     """Write the merged model; returns how far its logits are off, and the largest of them."""
     import torch
@@ -114,7 +136,12 @@ def _merge(
     from modelmill.components.finetuning.adapters import load_adapter, merge
     from modelmill.components.finetuning.causal_lm import load_model, stored_dtype
 
-    model = load_model(base.folder, dtype=torch.float32)
+    if rounding is None:
+        model = load_model(base.folder, dtype=torch.float32)
+    else:
+        from modelmill.components.finetuning.quantization import load_as_rounded
+
+        model = load_as_rounded(base.folder, rounding)
     precision, stored = next(model.parameters()).dtype, stored_dtype(base.folder)
     load_adapter(model, adapter)
     expected = _logits(model, batch)

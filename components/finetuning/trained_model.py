@@ -11,23 +11,37 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from modelmill.components.finetuning import adapters, causal_lm
+from modelmill.components.finetuning import adapters, causal_lm, quantization
 from modelmill.components.finetuning.causal_lm import SupervisedModel
-from modelmill.components.finetuning.config import AdapterConfig
+from modelmill.components.finetuning.config import AdapterConfig, QuantizationConfig
 from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
 from modelmill.components.training.config import TrainingConfig
 
+_CPU = torch.device("cpu")
 
-def load(spec: Mapping[str, Any], training: TrainingConfig, *, packed: bool) -> tuple[PreTrainedModel, list[str]]:
-    """The base, with adapters where the method has them, and the names of the layers that got one."""
-    method = spec["method"]
+
+def load(
+    spec: Mapping[str, Any], training: TrainingConfig, *, packed: bool, device: torch.device = _CPU
+) -> tuple[PreTrainedModel, list[str]]:
+    """The base, with adapters where the method has them, and the names of the layers that got one.
+
+    It lies on the CPU, except for 4-bit weights, which are made on `device`.
+    """
+    method, folder, dtype = spec["method"], spec["base"]["folder"], _dtype(spec["method"], training)
     attention = "eager" if training.attention == "math" else "sdpa"
-    model = causal_lm.load_model(spec["base"]["folder"], dtype=_dtype(method, training), attention=attention)
+    if method == "qlora":
+        compute = torch.float32 if training.precision == "fp32" else torch.bfloat16
+        config = QuantizationConfig.model_validate(spec["quantization"])
+        model = quantization.load_quantized(
+            folder, config, compute=compute, dtype=dtype, attention=attention, device=device
+        )
+    else:
+        model = causal_lm.load_model(folder, dtype=dtype, attention=attention)
     causal_lm.check_model(model, packed=packed)
     if method == "full":
         return model, []
-    config = AdapterConfig.model_validate(spec["adapter"])
-    return model, adapters.add_adapters(model, config, dora=method == "dora", seed=training.seed)
+    adapter = AdapterConfig.model_validate(spec["adapter"])
+    return model, adapters.add_adapters(model, adapter, dora=method == "dora", seed=training.seed)
 
 
 def _dtype(method: str, training: TrainingConfig) -> torch.dtype | None:
@@ -47,7 +61,8 @@ def export(supervised: SupervisedModel, names: list[str], spec: Mapping[str, Any
     weights, folder = adapters.gather_adapters(supervised.model, wanted), output / ADAPTER_FOLDER
     if wanted:
         config = AdapterConfig.model_validate(spec["adapter"])
-        adapters.write_adapter(folder, weights, config, dora=method == "dora", names=names, base=base["name"])
+        record = adapters.peft_config(config, names, dora=method == "dora", base=base["name"])
+        adapters.write_adapter(folder, weights, record)
     return folder
 
 
@@ -55,7 +70,13 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
     """Elements of all parameters, and of those that are trained; before the model is spread over ranks."""
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return {"parameters": sum(parameter.numel() for parameter in parameters), "trained_parameters": trained}
+    return {"parameters": sum(map(quantization.elements, parameters)), "trained_parameters": trained}
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """Metadata of what is made of a model, before it is spread over ranks."""
+    rounding = quantization.rounding_of(model)
+    return {} if rounding is None else {"quantization": rounding}
 
 
 def export_model(supervised: SupervisedModel, folder: Path, base: Path, *, wanted: bool) -> None:

@@ -30,6 +30,10 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any]]] = {
     "half on shards": ("half", {"parallel": SHARDS, "precision": "bf16-mixed"}),
     "half on copies": ("half", {"parallel": COPIES, "precision": "bf16-mixed"}),
     "bf16 weights on shards": ("llama", {"parallel": SHARDS, "precision": "bf16-stochastic"}),
+    "qlora on copies": ("llama", {"parallel": COPIES, "method": "qlora"}),
+    "qlora on shards": ("llama", {"parallel": SHARDS, "method": "qlora"}),
+    "qlora half on shards": ("half", {"parallel": SHARDS, "method": "qlora", "precision": "bf16-mixed"}),
+    "dora half on shards": ("half", {"parallel": SHARDS, "method": "dora", "precision": "bf16-mixed"}),
     "dropout": ("llama", DROPOUT),
 }
 

@@ -81,7 +81,7 @@ def model_manifest(folder: Path) -> Manifest:
 
 def finetune_config(**changes: Any) -> FinetuneConfig:
     """A section; what is no field of it changes `training`."""
-    own = {name: changes.pop(name) for name in ("method", "adapter") if name in changes}
+    own = {name: changes.pop(name) for name in ("method", "adapter", "quantization") if name in changes}
     adapter = own.pop("adapter", {} if own.get("method") == "full" else ADAPTER)
     training = {**TRAINING, **MEDIUM, **changes}
     return FinetuneConfig.model_validate({"adapter": adapter, "training": training, **own})
@@ -95,6 +95,7 @@ def job_spec(config: FinetuneConfig, base: Path, instructions: Manifest, output:
         "base": {"folder": str(base), "digest": weights_digest(base), "name": "base"},
         "method": config.method,
         "adapter": config.adapter.model_dump(mode="json"),
+        "quantization": config.quantization.model_dump(mode="json"),
         "instructions": instructions.model_dump(mode="json"),
         "output": str(output),
     }

@@ -75,6 +75,30 @@ def test_a_llama_follows_one_trajectory_too(
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_a_4_bit_base_follows_one_trajectory_too(
+    launched: tuple[Path, dict[str, Any]], bases: dict[str, Path], instructions: Manifest, tmp_path: Path
+) -> None:
+    one = alone(bases["llama"], instructions, tmp_path / "one", method="qlora", micro_batch_size=8)
+    for name in ("qlora on copies", "qlora on shards"):
+        for ours, theirs in zip(history(launched[0] / name), history(one), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5), name
+        for key, value in trained(launched[0] / name).items():
+            torch.testing.assert_close(value, trained(one)[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["qlora", "dora"])
+def test_shards_in_bf16_learn_what_one_rank_does(
+    launched: tuple[Path, dict[str, Any]], bases: dict[str, Path], instructions: Manifest, tmp_path: Path, method: str
+) -> None:
+    one = alone(bases["half"], instructions, tmp_path / "one", method=method, precision="bf16-mixed")
+    losses = [
+        [record["loss"] for record in history(scratch) if "loss" in record]
+        for scratch in (one, launched[0] / f"{method} half on shards")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert losses[0][0] > losses[0][-1]
+
+
 def test_a_base_in_bf16_stays_so_and_its_adapter_is_fp32(
     launched: tuple[Path, dict[str, Any]], bases: dict[str, Path], instructions: Manifest, tmp_path: Path
 ) -> None:

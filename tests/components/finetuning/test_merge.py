@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -92,22 +93,37 @@ def test_merging_is_refused_where_it_would_be_wrong(
     none = instructions.counts | {"validation_rows": 0, "test_rows": 0}
     with pytest.raises(UserError, match=r"no \(0, 25\) arrays"):
         merged(llama, adapter, instructions.model_copy(update={"counts": none}), tmp_path / "3" / "data")
-    with pytest.raises(UserError, match="is of kind model"):
-        merged(llama, adapter.model_copy(update={"kind": "model"}), instructions, tmp_path / "4" / "data")
-    path = adapter.path("adapter/adapter_config.json")
-    settings = path.read_text()
-    path.write_text(json.dumps({**json.loads(settings), "use_rslora": True}))
-    scaled = Manifest.describe(tmp_path / "run" / "data", kind="adapter", metadata=adapter.metadata)
-    with pytest.raises(UserError, match="has use_rslora True, which is not implemented"):
-        merged(llama, scaled, instructions, tmp_path / "6" / "data")
-    path.write_text(settings)
+    with pytest.raises(UserError, match="is of kind tokenizer"):
+        merged(llama, adapter.model_copy(update={"kind": "tokenizer"}), instructions, tmp_path / "4" / "data")
     path = adapter.path("adapter/adapter_model.safetensors")
     weights = load_file(path)
     weights.pop(sorted(weights)[0])
     save_file(weights, path)
     damaged = Manifest.describe(tmp_path / "run" / "data", kind="adapter", metadata=adapter.metadata)
-    with pytest.raises(UserError, match=r"and its configuration differ in base_model\.model\.model"):
+    with pytest.raises(UserError, match=r"and its configuration differ in model\.layers"):
         merged(llama, damaged, instructions, tmp_path / "5" / "data")
+
+
+def test_a_model_is_passed_on(llama: Path, instructions: Manifest, tmp_path: Path) -> None:
+    tuned, _ = run(finetune_config(method="full"), tmp_path / "run", instructions, llama)
+    made, _ = merged(llama, tuned, instructions, tmp_path / "merged" / "data")
+    assert made.digest == tuned.digest
+    assert made.metadata["method"] == "full"
+    assert made.metadata["base_digest"] == weights_digest(llama)
+    assert made.path("history.jsonl").samefile(tuned.path("history.jsonl"))
+
+
+def test_an_adapter_with_other_settings_of_peft_is_merged(llama: Path, instructions: Manifest, tmp_path: Path) -> None:
+    adapter, _ = run(finetune_config(), tmp_path / "run", instructions, llama)
+    path = adapter.path("adapter/adapter_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
+    scaled = Manifest.describe(tmp_path / "run" / "data", kind="adapter", metadata=adapter.metadata)
+    made, _ = merged(llama, scaled, instructions, tmp_path / "merged" / "data")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(llama)), str(path.parent)).eval()
+    plain = AutoModelForCausalLM.from_pretrained(str(made.path("model/config.json").parent)).eval()
+    tokens = torch.arange(1, 60).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
