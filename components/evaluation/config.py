@@ -49,7 +49,8 @@ class ModelUseConfig(Section):
     batch_tokens: int = Field(
         default=16_384,
         ge=1,
-        description="Tokens held at once, padding and room for new ones included; it changes memory and speed only.",
+        description="Tokens held at once, padding and room for new ones included; it changes memory and speed, and"
+        " results by rounding alone.",
     )
 
 

@@ -10,8 +10,8 @@ from kfp import compiler, dsl
 
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
-from modelmill.components.core.step import section
-from modelmill.components.evaluation import component
+from modelmill.components.core.step import run_step, section
+from modelmill.components.evaluation import component, decoding
 from modelmill.components.evaluation.answers import score_answers
 from modelmill.components.evaluation.config import AnswerScoresConfig, GenerateConfig, TextScoresConfig
 from modelmill.components.evaluation.generate import generate
@@ -49,6 +49,32 @@ def test_shells_run_their_steps(home: Home, tmp_path: Path, answering: Answering
         made = Manifest.read(tmp_path / name)
         assert made.kind == "scores"
         assert logged[metric] == made.metrics[metric]
+
+
+def test_a_failed_step_goes_on_from_its_batches(
+    home: Home, tmp_path: Path, answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {}
+    for name, manifest in (("model", answering.model), ("instructions", answering.instructions)):
+        manifest.write(tmp_path / f"{name}.json")
+        paths[name] = str(tmp_path / f"{name}.json")
+    text = section("generate", GenerateConfig(max_examples=6, max_new_tokens=4, batch_tokens=1), generate)
+    computed: list[str] = []
+    continue_batch = decoding.continue_batch
+
+    def fails_at_the_fourth(model: Any, prompts: Any, names: list[str], *rest: Any, **values: Any) -> Any:
+        computed.extend(names)
+        if len(computed) == 4:
+            raise MemoryError
+        return continue_batch(model, prompts, names, *rest, **values)
+
+    monkeypatch.setattr(decoding, "continue_batch", fails_at_the_fourth)
+    with pytest.raises(SystemExit):
+        run_step(generate, text, paths, {"manifest": str(tmp_path / "made.json")})
+    made = run_step(generate, text, paths, {"manifest": str(tmp_path / "made.json")})
+    assert made.counts["examples"] == 6
+    assert len(computed) == 7, "three before the failure, the one that failed, and it again with the two after it"
+    assert len(set(computed)) == 6
 
 
 def test_shells_compile(tmp_path: Path) -> None:
