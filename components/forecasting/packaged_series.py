@@ -38,7 +38,7 @@ def read_packaged(name: PackagedName) -> RawSeries:
     """
     installed_versions([name])
     frame = _air_passengers() if name == "air_passengers" else _statsmodels(name)
-    items = [name] if len(frame.columns) == 1 else [f"{name}.{column}" for column in frame.columns]
+    items = [str(name)] if len(frame.columns) == 1 else [f"{name}.{column}" for column in frame.columns]
     rows = len(frame)
     return RawSeries(
         items=items,

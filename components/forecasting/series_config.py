@@ -194,9 +194,11 @@ class SeriesConfig(Section):
     def _consistent(self) -> SeriesConfig:
         if self.irregular == "round" and self.frequency is None:
             raise ValueError("irregular: round needs a frequency to round to; set frequency")
-        named = [(source.past_covariates, source.known_covariates) for source in self.source if _is_table(source)]
-        packaged = [source for source in self.source if not _is_table(source)]
-        if any(pair != named[0] for pair in named) or (packaged and any(names for pair in named for names in pair)):
+        named = [
+            (source.past_covariates, source.known_covariates) if isinstance(source, LongTable) else ([], [])
+            for source in self.source
+        ]
+        if any(pair != named[0] for pair in named):
             raise ValueError("source: the sources differ in their covariates; give each the same ones")
         return self
 
@@ -207,10 +209,6 @@ class SeriesConfig(Section):
             UserError: a source cannot be found or listed.
         """
         return ";".join(f"{source.type}:{source.fingerprint()}" for source in self.source)
-
-
-def _is_table(source: Any) -> bool:
-    return isinstance(source, LongTable)
 
 
 def _frequency(alias: str) -> str:

@@ -20,6 +20,7 @@ from modelmill.components.forecasting.series_table import SeriesTable
 TABLE, HTML, MARKDOWN = "series.parquet", "report.html", "report.md"
 _SHOWN = 100  # series in the page's table
 _DRAWN = 24  # of them with a figure
+_BLOCK = 1 << 22  # points that are looked at together
 _WIDTH, _HEIGHT, _POINTS = 600, 60, 300
 _HEAD = ("series", "frequency", "season", "first", "last", "points", "missing", "mean", "scale", "seasonal error")
 
@@ -30,9 +31,22 @@ def describe(table: SeriesTable) -> dict[str, Any]:
     `scale` is the mean absolute value. `seasonal_error` is the mean absolute difference of points a season apart
     before the backtest windows, by which MASE divides; nan where there is no such pair.
     """
-    values = np.concatenate([table.target(number) for number in range(len(table))])
-    lengths = table.lengths
-    begins, owner = np.cumsum(lengths) - lengths, np.repeat(np.arange(len(table)), lengths)
+    blocks = np.split(np.arange(len(table)), np.flatnonzero(np.diff(np.cumsum(table.lengths) // _BLOCK)) + 1)
+    parts = [_statistics(table, block) for block in blocks if len(block)]
+    return {
+        "item_id": table.item_ids,
+        "frequency": table.frequencies,
+        "season_length": table.season_lengths,
+        "start": table.starts,
+        "end": _ends(table),
+        "length": table.lengths,
+    } | {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _statistics(table: SeriesTable, block: np.ndarray) -> dict[str, np.ndarray]:
+    """Statistics of some series that lie side by side, all of them at once."""
+    values, lengths = np.concatenate([table.target(number) for number in block]), table.lengths[block]
+    begins, owner = np.cumsum(lengths) - lengths, np.repeat(np.arange(len(block)), lengths)
     present = ~np.isnan(values)
     counts = np.add.reduceat(present.astype(np.int64), begins)
     filled = np.where(present, values, 0.0)
@@ -40,21 +54,25 @@ def describe(table: SeriesTable) -> dict[str, Any]:
         mean = np.add.reduceat(filled, begins) / counts
         square = np.add.reduceat(np.where(present, values - mean[owner], 0.0) ** 2, begins)
         deviation, scale = np.sqrt(square / counts), np.add.reduceat(np.abs(filled), begins) / counts
+    season, within = table.season_lengths[block][owner], np.arange(len(values)) - begins[owner]
+    early = (within >= season) & (within < (lengths - table.horizon * table.windows)[owner])
     return {
-        "item_id": table.item_ids,
-        "frequency": table.frequencies,
-        "season_length": table.season_lengths,
-        "start": table.starts,
-        "end": _ends(table),
-        "length": lengths,
         "missing": lengths - counts,
         "minimum": np.minimum.reduceat(np.where(present, values, np.inf), begins),
         "maximum": np.maximum.reduceat(np.where(present, values, -np.inf), begins),
         "mean": mean,
         "deviation": deviation,
         "scale": scale,
-        "seasonal_error": _seasonal_error(table, values, owner, begins),
+        "seasonal_error": _seasonal_error(values, season, np.flatnonzero(early), begins),
     }
+
+
+def _seasonal_error(values: np.ndarray, season: np.ndarray, rows: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    change = np.full(len(values), np.nan)
+    change[rows] = np.abs(values[rows] - values[rows - season[rows]])
+    pairs = np.add.reduceat((~np.isnan(change)).astype(np.int64), begins)
+    with np.errstate(invalid="ignore"):
+        return np.add.reduceat(np.nan_to_num(change, nan=0.0), begins) / pairs
 
 
 def _ends(table: SeriesTable) -> np.ndarray:
@@ -65,18 +83,6 @@ def _ends(table: SeriesTable) -> np.ndarray:
     return ends
 
 
-def _seasonal_error(table: SeriesTable, values: np.ndarray, owner: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    season = table.season_lengths[owner]
-    within = np.arange(len(values)) - begins[owner]
-    early = (within >= season) & (within < (table.lengths - table.horizon * table.windows)[owner])
-    change = np.full(len(values), np.nan)
-    rows = np.flatnonzero(early)
-    change[rows] = np.abs(values[rows] - values[rows - season[rows]])
-    pairs = np.add.reduceat((~np.isnan(change)).astype(np.int64), begins)
-    with np.errstate(invalid="ignore"):
-        return np.add.reduceat(np.nan_to_num(change, nan=0.0), begins) / pairs
-
-
 def write_report(
     table: SeriesTable,
     output: Path,
@@ -84,6 +90,7 @@ def write_report(
     title: str,
     facts: Mapping[str, str],
     dropped: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `series.parquet` (all that `describe` tells), `report.html` and `report.md`.
 
@@ -91,9 +98,10 @@ def write_report(
         title: of the page.
         facts: sentences about all series, by what they are about.
         dropped: items that were left out, and why.
+        more: further columns of `series.parquet`.
     """
     columns = describe(table)
-    pq.write_table(pa.table(columns), output / TABLE)
+    pq.write_table(pa.table({**columns, **(more or {})}), output / TABLE)
     rows = [_row(columns, number) for number in range(min(len(table), _SHOWN))]
     left_out = [[item, reason.replace("_", " ")] for item, reason in list((dropped or {}).items())[:_SHOWN]]
     head, note = list(_HEAD), _note(len(table), len(dropped or {}))

@@ -50,6 +50,22 @@ def test_what_is_written_is_read_back_as_views(tmp_path: Path) -> None:
     assert [str(day.date()) for day in table.timestamps(1, 1, 4)] == ["2024-02-29", "2024-03-31", "2024-04-30"]
 
 
+def test_a_digest_is_of_the_content_and_not_of_the_batches(tmp_path: Path) -> None:
+    texts, starts = ["a", "b"], np.full(2, np.datetime64("2024-01-01", "ns"))
+    values, seasons, digests = np.arange(5.0), np.array([7, 7]), []
+    for split, last in ((True, 4.0), (False, 4.0), (False, 5.0)):
+        values[-1] = last
+        path = tmp_path / f"{split}{last}.arrow"
+        with SeriesWriter(path) as writer:
+            if split:
+                writer.append(texts[:1], starts[:1], ["D"], seasons[:1], Points(np.array([0, 2]), values[:2]))
+                writer.append(texts[1:], starts[1:], ["D"], seasons[1:], Points(np.array([0, 3]), values[2:]))
+            else:
+                writer.append(texts, starts, ["D", "D"], seasons, Points(np.array([0, 2, 5]), values))
+        digests.append(SeriesTable(path).digest())
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_context_holds_nothing_from_its_origin_on_but_known_covariates(tmp_path: Path) -> None:
     table = SeriesTable(write(tmp_path), horizon=1, windows=2)
     assert table.origins(0) == [1, 2]

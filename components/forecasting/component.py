@@ -1,0 +1,37 @@
+"""KFP shells of the forecasting steps. `section` is made by `modelmill.components.core.step.section`."""
+
+from typing import Optional
+
+from kfp import dsl
+
+from modelmill.components.core.images import image
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def prepare_series(
+    section: str,
+    manifest: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+    table: dsl.Output[dsl.Markdown],
+) -> None:
+    """Read, check and store real series."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.forecasting.series import prepare_series as step
+
+    run_step(step, section, {}, {"manifest": manifest.path, "report.html": report.path, "report.md": table.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def synthesise_series(
+    section: str,
+    manifest: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+    table: dsl.Output[dsl.Markdown],
+    series: Optional[dsl.Input[dsl.Dataset]] = None,  # noqa: UP045 (kfp reads no `| None`)
+) -> None:
+    """Make series from Gaussian processes, or mix them from given ones."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.forecasting.synthesise import synthesise_series as step
+
+    inputs = {"series": series.path} if series is not None else {}
+    run_step(step, section, inputs, {"manifest": manifest.path, "report.html": report.path, "report.md": table.path})
