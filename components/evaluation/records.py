@@ -7,7 +7,8 @@
 `id` is a string that is the same for every model that answered the question, and unique. `references` holds one or
 more texts with something in them; `"reference": "..."` stands for a list of one. `prediction` may be empty: a model
 may have nothing to say. Other keys are left alone. The artifact's metadata may hold `weights_digest` and
-`dataset_digest`, which are handed on.
+`dataset_digest`, which are handed on, and `decoding`, a mapping of how the answers were chosen, which becomes part of
+`scoring`.
 
 `scores.jsonl`, in any artifact, has one object a line:
 
