@@ -9,6 +9,7 @@ CATALOG = Catalog(
     pipelines={
         name: Pipeline(recipe=f"{_HERE}.steps:SampleRecipe", dag=f"{_HERE}.pipelines:{name}")
         for name in ("sample", "unimportable")
-    },
+    }
+    | {"guarded": Pipeline(recipe=f"{_HERE}.guarded:GuardedRecipe", dag=f"{_HERE}.guarded_dag:guarded")},
     recipes=Path(__file__).parent / "recipes",
 )
