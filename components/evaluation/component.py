@@ -124,3 +124,21 @@ def gate(
     for name, value in result.metrics.items():
         metrics.log_metric(name, value)
     return bool(result.metadata["passed"])
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def score_preferences(
+    section: str,
+    model: dsl.Input[dsl.Model],
+    preferences: dsl.Input[dsl.Dataset],
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Score held-out pairs of answers by whether the model finds the better one more likely."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.evaluation.preferences import score_preferences as step
+
+    inputs = {"model": model.path, "preferences": preferences.path}
+    result = run_step(step, section, inputs, {"manifest": manifest.path})
+    for name, value in result.metrics.items():
+        metrics.log_metric(name, value)
