@@ -61,3 +61,18 @@ def prepare_instructions(
 
     inputs = {"tokenizer": tokenizer.path} | ({"corpus": corpus.path} if corpus else {})
     run_step(step, section, inputs, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def prepare_preferences(
+    section: str,
+    tokenizer: dsl.Input[dsl.Artifact],
+    manifest: dsl.Output[dsl.Dataset],
+    corpus: dsl.Input[dsl.Dataset] = None,
+) -> None:
+    """Check, split and tokenise pairs of answers; with a corpus, test questions are what it held out."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.data.preferences import prepare_preferences as step
+
+    inputs = {"tokenizer": tokenizer.path} | ({"corpus": corpus.path} if corpus else {})
+    run_step(step, section, inputs, {"manifest": manifest.path})
