@@ -23,6 +23,7 @@ from modelmill.pipelines.commands.launching import headline
 from modelmill.pipelines.launch.runs import all_runs
 from modelmill.pipelines.launch.watch import RunView, StepView, duration
 from tests.pipelines.conftest import COMMAND, modelmill, recipe, run, wait_for
+from tests.pipelines.sample.catalog import CATALOG
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -68,7 +69,8 @@ def test_every_command_shows_examples() -> None:
         assert f"modelmill {name}" in (command.epilog or ""), name
     shown = modelmill("--help").stdout.partition("Commands:")[2].partition("Examples:")[0].splitlines()
     listed = {line.split()[0] for line in shown if line.strip()}
-    assert listed == {"list", "plan", "run", "runs", "logs", "resume", "ui", "compile", "doctor"}
+    reading = {"list", "plan", "runs", "logs", "models", "ui", "doctor"}
+    assert listed == reading | {"run", "resume", "rollback", "compile"}
     assert "kfp" not in modelmill("run", "--help").stdout
 
 
@@ -101,11 +103,11 @@ def test_help_is_quick() -> None:
 
 def test_list_names_pipelines_recipes_and_steps() -> None:
     found = json.loads(modelmill("list", "--json").stdout)
-    assert [each["name"] for each in found["pipelines"]] == ["sample", "unimportable"]
-    assert [each["name"] for each in found["recipes"]] == ["unimportable", "words"]
+    assert [each["name"] for each in found["pipelines"]] == list(CATALOG.pipelines)
+    assert [each["name"] for each in found["recipes"]] == sorted(path.stem for path in CATALOG.recipes.glob("*.yaml"))
     steps = {each["name"]: each for each in found["steps"]}
     assert steps["write_words"]["description"] == "Write the words to a file."
-    assert [name for name, step in steps.items() if not step["reuse"]] == ["announce"]
+    assert {name for name, step in steps.items() if not step["reuse"]} == {"announce", "report"}
     assert "Count the letters of four words." in modelmill("list").stdout
 
 
