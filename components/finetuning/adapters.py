@@ -116,11 +116,6 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def is_output_matrix(name: str) -> bool:
-    """Whether a parameter is a B, which LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives a higher learning rate."""
-    return ".lora_B." in name
-
-
 @torch.no_grad()
 def gather_adapters(model: PreTrainedModel, wanted: bool) -> dict[str, Tensor]:
     """The adapters' weights by `peft`'s names, on the CPU; called by all ranks together, {} where not wanted."""

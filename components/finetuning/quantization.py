@@ -69,7 +69,7 @@ def load_quantized(
         raise UserError(f"finetune.method: {type(model).__name__} has no linear layer to quantise; use method full")
     for layer in layers:
         # In evaluation mode on some CPUs a product repacks the weights for good, into bf16 scales and a layout that
-        # has no backward pass: a run that validates would go on without gradients.
+        # has no backward pass: a run that validates would go on with gradients of zero.
         layer.support_avx512bf16_for_cpu = False
         if layer.bias is not None:  # a product would do this to it, beside the back of FSDP2
             layer.bias.data = layer.bias.data.to(compute)
@@ -81,11 +81,9 @@ def four_bit_layers(model: nn.Module) -> Iterator[Linear4bit]:
     return (module for module in model.modules() if isinstance(module, Linear4bit))
 
 
-def rounding_of(model: nn.Module) -> dict[str, Any] | None:
-    """How a model was quantised, for metadata and for `load_as_rounded`; None if it was not."""
-    layer = next(four_bit_layers(model), None)
-    if layer is None:
-        return None
+def rounding_of(model: nn.Module) -> dict[str, Any]:
+    """How a quantised model was rounded, for metadata and for `load_as_rounded`."""
+    layer = next(four_bit_layers(model))
     weight: Any = layer.weight
     state = weight.quant_state
     return {
@@ -115,12 +113,6 @@ def load_as_rounded(folder: Path | str, rounding: dict[str, Any]) -> PreTrainedM
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     return model
-
-
-def elements(parameter: nn.Parameter) -> int:
-    """Weights that a parameter stands for; one of 4-bit weights is shaped as their bytes."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ import torch
 from modelmill.components.core import events
 from modelmill.components.core.manifest import json_digest
 from modelmill.components.core.weights import weights_digest
-from modelmill.components.finetuning import adapters, trained_model
+from modelmill.components.finetuning import trained_model
 from modelmill.components.finetuning.causal_lm import SupervisedModel
 from modelmill.components.finetuning.config import AdapterConfig
 from modelmill.components.training.checkpoint import Checkpoints
@@ -70,7 +70,7 @@ def train_rank(
     """
     events.progress("loading the base")
     model, names = trained_model.load(spec, training, packed=packed, device=ranks.device)
-    sizes, described = trained_model.sizes(model), trained_model.describe(model)
+    sizes, described = trained_model.sizes(model), trained_model.describe(model, spec["method"])
     wrapped = model_class(model)
     prepare(wrapped, ranks, training)
     wrapped.to(ranks.device)
@@ -121,5 +121,5 @@ def _loop(
             world_size=ranks.world_size,
         ),
         journal=goal.journal,
-        rate_scale=lambda name: ratio if adapters.is_output_matrix(name) else 1.0,
+        rate_scale=lambda name: ratio if trained_model.is_output_matrix(name) else 1.0,
     )

@@ -1,4 +1,7 @@
-"""The model as a rank trains it: loaded, given adapters where the method has them, and written out at the end."""
+"""The model as a rank trains it: loaded, given adapters where the method has them, and written out at the end.
+
+peft and bitsandbytes are imported where a method needs them: training all weights does without.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from modelmill.components.finetuning import adapters, causal_lm, quantization
+from modelmill.components.finetuning import causal_lm
 from modelmill.components.finetuning.causal_lm import SupervisedModel
 from modelmill.components.finetuning.config import AdapterConfig, QuantizationConfig
 from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
@@ -30,6 +33,8 @@ def load(
     method, folder, dtype = spec["method"], spec["base"]["folder"], _dtype(spec["method"], training)
     attention = "eager" if training.attention == "math" else "sdpa"
     if method == "qlora":
+        from modelmill.components.finetuning import quantization
+
         compute = torch.float32 if training.precision == "fp32" else torch.bfloat16
         config = QuantizationConfig.model_validate(spec["quantization"])
         model = quantization.load_quantized(
@@ -40,6 +45,8 @@ def load(
     causal_lm.check_model(model, packed=packed)
     if method == "full":
         return model, []
+    from modelmill.components.finetuning import adapters
+
     adapter = AdapterConfig.model_validate(spec["adapter"])
     return model, adapters.add_adapters(model, adapter, dora=method == "dora", seed=training.seed)
 
@@ -58,6 +65,8 @@ def export(supervised: SupervisedModel, names: list[str], spec: Mapping[str, Any
     if method == "full":
         export_model(supervised, output / MODEL_FOLDER, Path(base["folder"]), wanted=wanted)
         return output / MODEL_FOLDER
+    from modelmill.components.finetuning import adapters
+
     weights, folder = adapters.gather_adapters(supervised.model, wanted), output / ADAPTER_FOLDER
     if wanted:
         config = AdapterConfig.model_validate(spec["adapter"])
@@ -66,17 +75,31 @@ def export(supervised: SupervisedModel, names: list[str], spec: Mapping[str, Any
     return folder
 
 
+def is_output_matrix(name: str) -> bool:
+    """Whether a parameter is a B, which LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives a higher learning rate."""
+    return ".lora_B." in name
+
+
 def sizes(model: PreTrainedModel) -> dict[str, int]:
     """Elements of all parameters, and of those that are trained; before the model is spread over ranks."""
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return {"parameters": sum(map(quantization.elements, parameters)), "trained_parameters": trained}
+    return {"parameters": sum(map(_elements, parameters)), "trained_parameters": trained}
 
 
-def describe(model: PreTrainedModel) -> dict[str, Any]:
+def _elements(parameter: nn.Parameter) -> int:
+    """Weights that a parameter stands for; one of 4-bit weights is shaped as their bytes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def describe(model: PreTrainedModel, method: str) -> dict[str, Any]:
     """Metadata of what is made of a model, before it is spread over ranks."""
-    rounding = quantization.rounding_of(model)
-    return {} if rounding is None else {"quantization": rounding}
+    if method != "qlora":
+        return {}
+    from modelmill.components.finetuning import quantization
+
+    return {"quantization": quantization.rounding_of(model)}
 
 
 def export_model(supervised: SupervisedModel, folder: Path, base: Path, *, wanted: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,14 @@ def test_a_killed_run_ends_with_the_same_bits(
     run(config, tmp_path / "killed", instructions, llama)
     for name in ("history.jsonl", "data/adapter/adapter_model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_training_all_weights_needs_no_package_for_adapters() -> None:
+    blocked = "import sys; sys.modules |= dict.fromkeys(('peft', 'bitsandbytes')); "
+    code = f"{blocked}import modelmill.components.finetuning.rank as rank; print(rank.trained_model.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_only_the_adapter_is_trained(llama: Path) -> None:

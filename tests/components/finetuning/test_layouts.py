@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.finetuning.finetune import train
-from modelmill.components.training.launch import LocalLauncher, TrainingJob
+from modelmill.components.training.launch import TrainingJob
 from tests.components.finetuning import runs
 from tests.components.finetuning.samples import finetune_config, job_spec
+from tests.components.training.forked_ranks import ForkedRanks
 from tests.components.training.runs import history, single_rank
 
 
@@ -33,7 +34,7 @@ def launched(
     spec = {name: str(folder) for name, folder in bases.items()} | {
         "instructions": instructions.model_dump(mode="json")
     }
-    result = LocalLauncher().launch(TrainingJob(runs.MODULE, spec, training, scratch))
+    result = ForkedRanks().launch(TrainingJob(runs.MODULE, spec, training, scratch))
     return scratch, result.metadata["found"]
 
 
