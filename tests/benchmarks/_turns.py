@@ -90,6 +90,8 @@ def measure(run: Runner, mode: str, folder: Path, steps: int) -> None:
 
 def allocated_height(run: Callable[[], None]) -> int:
     """Largest number of bytes torch's CPU allocator had handed out at once while `run` ran."""
+    # `modelmill.components.training.memory_tracker.track` counts the same bytes, and would serve all peers but the
+    # one that runs in an environment without modelmill: every peer must be measured by one piece of code.
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
