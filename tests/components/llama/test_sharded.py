@@ -121,7 +121,7 @@ def test_the_step_trains_a_shared_model_and_exports_what_it_validated(home: Home
     with pytest.raises(UserError, match=r"tensor: 2 does not divide the model's vocabulary 97; use 1, or pad it"):
         pretrain(pretrain_config(parallel=parallel), output, tokenizer=tokenizer, tokens=tokens)
     config = pretrain_config(model={"vocab_size": 98}, parallel=parallel)
-    result = pretrain(config, output, tokenizer=tokenizer, tokens=tokens)
+    result = pretrain(config, output, tokenizer=tokenizer, tokens=tokens, launcher=ForkedRanks())
     rows = torch.from_numpy(open_rows(tokens, "validation")[:7].astype(np.int64))
     with torch.no_grad():
         loss = load_huggingface(output / "model")(rows[:, :-1], rows[:, 1:])

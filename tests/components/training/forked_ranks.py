@@ -7,10 +7,10 @@ What torchrun and the launcher do themselves is tested with the launcher, see `t
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import sys
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -32,7 +32,7 @@ PRELOADED = [
 
 
 def _rank(module: str, job: str, log: str, environment: dict[str, str]) -> None:
-    """What each process does; `run_rank` ends it."""
+    """What each process does, as `python -m MODULE JOB`; the module ends it."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -41,14 +41,14 @@ def _rank(module: str, job: str, log: str, environment: dict[str, str]) -> None:
 
     import torch
 
-    from modelmill.components.training.worker import run_rank
-
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # read from the environment long ago, in the parent
-    run_rank(importlib.import_module(module).measure, [sys.executable, job])
+    sys.argv = [module, job]
+    sys.modules.pop(module, None)  # or runpy warns that it was imported before
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 class ForkedRanks(LocalLauncher):
-    """A launcher of modules with a function `measure`, as `run_rank` takes it."""
+    """A launcher whose processes import torch once for all of them."""
 
     def launch(self, job: TrainingJob) -> TrainingResult:
         """Run a job to its end.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,15 +19,15 @@ from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.model import LlamaDecoder
 from modelmill.components.llama.pretrain import next_token_loss
 from modelmill.components.training import checkpoint
-from modelmill.components.training.checkpoint import Checkpoints, Progress
+from modelmill.components.training.checkpoint import Progress
 from modelmill.components.training.config import TrainingConfig
-from modelmill.components.training.journal import Journal
 from modelmill.components.training.launch import TrainingResult
 from modelmill.components.training.layout import ParallelConfig
-from modelmill.components.training.loop import Objective, TrainingData, TrainingLoop
+from modelmill.components.training.loop import Objective, TrainingLoop
 from modelmill.components.training.mesh import Mesh
 from modelmill.components.training.prepare import prepare
 from modelmill.components.training.worker import RankContext, run_rank
+from tests.components.training.runs import assemble
 from tests.components.training.samples import LENGTH, MODEL, training_config
 
 MODULE = "tests.components.training.layouts"
@@ -112,24 +111,8 @@ def make(scenario: Scenario, tokens: Manifest, ranks: RankContext, root: Path) -
     if ranks.world_size > 1:
         dist.barrier()
     model, objective = build(scenario, ranks, config)
-    return TrainingLoop(
-        model=model,
-        objective=objective,
-        data=TrainingData(
-            BatchSource(open_rows(tokens, "train"), config.seed, config.global_batch_size),
-            open_rows(tokens, "validation"),
-        ),
-        config=config,
-        ranks=ranks,
-        checkpoints=Checkpoints(
-            ranks.scratch / "checkpoints",
-            digest=json.dumps(config.deciding()),
-            keep=2,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        ),
-        journal=Journal(ranks.scratch / "history.jsonl", config.steps, enabled=ranks.is_main),
-    )
+    batches = BatchSource(open_rows(tokens, "train"), config.seed, config.global_batch_size)
+    return assemble(model, objective, batches, tokens, config, ranks)
 
 
 def whole(tensor: Tensor) -> Tensor:

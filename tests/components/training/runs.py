@@ -24,7 +24,7 @@ from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.feed import Batches
 from modelmill.components.training.journal import Journal
 from modelmill.components.training.launch import TrainingResult
-from modelmill.components.training.loop import TrainingData, TrainingLoop
+from modelmill.components.training.loop import Objective, TrainingData, TrainingLoop
 from modelmill.components.training.mesh import Mesh
 from modelmill.components.training.prepare import prepare
 from modelmill.components.training.worker import RankContext, StopRequestedError, StopSignal, run_rank
@@ -76,9 +76,21 @@ def make_loop(
     prepare(model, ranks, training)
     model.to_empty(device=ranks.device)
     model.init_weights(training.seed)
+    return assemble(model, next_token_loss, batches, tokens, training, ranks)
+
+
+def assemble(
+    model: torch.nn.Module,
+    objective: Objective,
+    batches: Batches,
+    tokens: Manifest,
+    training: TrainingConfig,
+    ranks: RankContext,
+) -> TrainingLoop:
+    """A loop that checkpoints and keeps its history below the ranks' scratch folder."""
     return TrainingLoop(
         model=model,
-        objective=next_token_loss,
+        objective=objective,
         data=TrainingData(batches, open_rows(tokens, "validation")),
         config=training,
         ranks=ranks,
