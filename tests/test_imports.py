@@ -11,6 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {"core", "data", "training"}  # what every domain may import
+ALSO = {
+    "training": {"data"},  # the engine reads rows through the loader
+    "evaluation": {"llama"},  # a judge must be able to run the model
+    "finetuning": {"llama"},  # what it exports has the files of our own export
+    "embedding": {"evaluation"},  # its scores go through the gate
+    "forecasting": {"evaluation"},  # the same, and its reports are pages of the evaluation
+}
 
 
 def modules() -> list[Path]:
@@ -41,14 +48,7 @@ def test_imports_point_one_way(path: Path) -> None:
     reached = {name.split(".")[2] for name in imported(path) if name.startswith("modelmill.components.")}
     assert not any(name.startswith("modelmill.pipelines") for name in imported(path)), "components import no pipeline"
     allowed = {"core"} if home == "core" else {"core", home} if home in ("data", "training") else SHARED | {home}
-    if home == "training":
-        allowed.add("data")  # the engine reads rows through the loader
-    if home == "evaluation":
-        allowed.add("llama")  # a judge must be able to run the model
-    if home == "finetuning":
-        allowed.add("llama")  # what it exports has the files of our own export
-    if home == "forecasting":
-        allowed.add("evaluation")  # its reports are pages of ours, its scores go through the gate
+    allowed |= ALSO.get(home, set())
     assert reached <= allowed, f"{home} may import {sorted(allowed)}, not {sorted(reached - allowed)}"
 
 
