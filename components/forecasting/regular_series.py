@@ -15,7 +15,7 @@ from modelmill.components.forecasting.frequency import Frequency, parse_frequenc
 from modelmill.components.forecasting.grid import infer_frequencies, positions, to_grid
 from modelmill.components.forecasting.raw_series import NAMED, RawSeries, refuse, stamp
 from modelmill.components.forecasting.series_config import SeriesConfig
-from modelmill.components.forecasting.series_table import Points
+from modelmill.components.forecasting.series_table import KNOWN, PAST, Points
 
 _SPARSE = 50  # times more points than rows: the frequency is wrong, or the series is not one
 _ROWS = "mend or remove the rows"
@@ -127,13 +127,11 @@ class _Rows:
         return np.bincount(self.codes, minlength=len(self.raw.items))
 
     def beyond(self) -> np.ndarray:
-        """Rows after the last target of an item that hold every known covariate: they say what is known ahead."""
-        known = [column for source in self.config.source for column in getattr(source, "known_covariates", [])]
+        """Rows after the last target of an item that hold a known covariate: they say what is known ahead."""
+        known = getattr(self.config.source[0], "known_covariates", [])
         if not known:
             return np.zeros(len(self.codes), bool)
-        ahead = np.isnan(self.target)
-        for name in known:
-            ahead &= ~np.isnan(self.columns[name])
+        ahead = np.isnan(self.target) & ~np.all([np.isnan(self.columns[name]) for name in known], axis=0)
         sizes = self.sizes()
         last = np.maximum.reduceat(np.where(ahead, -1, np.arange(len(ahead))), np.cumsum(sizes) - sizes)
         # An item without a single target has no future either, but nothing that could be forecast.
@@ -246,14 +244,12 @@ class _Layout:
         chosen = np.flatnonzero(kept)
         inside = self.within < self.lengths[self.owner]
         covariates = {}
-        for source in self.config.source[:1]:
-            for prefix, names in (("past:", "past_covariates"), ("known:", "known_covariates")):
-                for name in getattr(source, names, []):
-                    whole = prefix == "known:"
-                    mask = kept[self.owner] & (True if whole else inside)
-                    sizes = (self.totals if whole else self.lengths)[chosen]
-                    values = self._spread(self.rows.columns[name])[mask]
-                    covariates[prefix + name] = Points(_offsets(sizes), self._restore(name, values))
+        known = getattr(self.config.source[0], "known_covariates", [])  # of all sources
+        for name in self.rows.raw.covariates:
+            ahead = name in known
+            mask, sizes = (kept[self.owner], self.totals) if ahead else (kept[self.owner] & inside, self.lengths)
+            values = self._restore(name, self._spread(self.rows.columns[name])[mask])
+            covariates[(KNOWN if ahead else PAST) + name] = Points(_offsets(sizes[chosen]), values)
         return RegularSeries(
             items=[self.items[code] for code in chosen],
             starts=self.rows.times[self.firsts][chosen],

@@ -83,12 +83,16 @@ class SeriesTable:
         with pa.memory_map(str(path)) as source:
             self._batches = [b for b in _batches(source) if b.num_rows]
             schema = pa.ipc.open_file(source).schema
-        self.horizon, self.windows = horizon, windows
+        self.path, self.horizon, self.windows = Path(path), horizon, windows
         self.past_names = tuple(n.removeprefix(PAST) for n in schema.names if n.startswith(PAST))
         self.known_names = tuple(n.removeprefix(KNOWN) for n in schema.names if n.startswith(KNOWN))
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
         self._length = int(self._ends[-1]) if len(self._ends) else 0
         self._views: dict[tuple[int, str], tuple[np.ndarray, Any]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the file itself instead of receiving it."""
+        return _reopen, (self.path, self.horizon, self.windows)
 
     def __len__(self) -> int:
         return self._length
@@ -252,6 +256,10 @@ class SeriesTable:
                 numbers = isinstance(part, np.ndarray)
                 found.update(part.astype("<f8").tobytes() if numbers else json.dumps(part.to_pylist()).encode())
         return found.hexdigest()
+
+
+def _reopen(path: Path, horizon: int, windows: int) -> SeriesTable:
+    return SeriesTable(path, horizon=horizon, windows=windows)
 
 
 def _batches(source: pa.MemoryMappedFile) -> list[pa.RecordBatch]:

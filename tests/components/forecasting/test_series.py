@@ -198,6 +198,9 @@ def test_covariates_past_and_known_ahead(prepare: Prepare) -> None:
     assert table.covariate(0, "sky").tolist() == ["sun", None, "rain"]
     context = table.context(0, horizon=2)
     np.testing.assert_array_equal(context.future["holiday"], [0, 1])
+    frame.loc[3, "price"] = np.nan
+    table = prepare(frame, past_covariates=["sky"], known_covariates=["price", "holiday"])
+    np.testing.assert_array_equal(table.context(0, horizon=2).future["price"], [np.nan, 5])
     # Without covariates that are known ahead, a missing end is a missing end.
     assert prepare(frame, past_covariates=["sky"]).lengths.tolist() == [5, 3]
 
@@ -461,6 +464,32 @@ def test_a_bucket(produce: Produce, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sections_that_cannot_be(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         config(Path("a.csv"), **values)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_series(produce: Produce, tmp_path: Path) -> None:
+    """Shuffled, with gaps; checked against pandas."""
+    random, count, length = np.random.default_rng(0), 100_000, 12
+    frame = Frame(
+        {
+            "item_id": np.repeat(np.arange(count), length),
+            "timestamp": np.tile(pd.date_range("2024-01-01", periods=length, freq="MS"), count),
+            "target": random.normal(size=count * length),
+        }
+    )
+    kept = frame[random.random(len(frame)) > 0.05].sample(frac=1, random_state=0)
+    kept.to_parquet(tmp_path / "a.parquet")
+    drop = {"frequency": "MS", "too_short": "drop", "min_context": 6}
+    manifest = produce(prepare_series, config(tmp_path / "a.parquet", **drop))
+    table = open_series(manifest)
+    assert len(table) > 90_000
+    assert len(table) + manifest.counts["dropped_too_short"] == count
+    observed = kept.groupby("item_id")["target"].agg(["count", "sum"])
+    for number in random.integers(0, len(table), 300):
+        expected = observed.loc[int(table.item_ids[number])]
+        values = table.target(number)
+        assert (~np.isnan(values)).sum() == expected["count"]
+        assert np.nansum(values) == pytest.approx(expected["sum"])
 
 
 def test_sources_have_the_same_covariates() -> None:

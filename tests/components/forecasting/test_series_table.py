@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ def test_what_is_written_is_read_back_as_views(tmp_path: Path) -> None:
     np.testing.assert_array_equal(table.covariate(1, "price"), [5.0, 6.0])
     assert table.covariate(0, "weather").tolist() == ["sun", None, "rain"]
     assert [str(day.date()) for day in table.timestamps(1, 1, 4)] == ["2024-02-29", "2024-03-31", "2024-04-30"]
+
+
+def test_a_table_is_small_to_send_to_another_process(tmp_path: Path) -> None:
+    sent = pickle.dumps(SeriesTable(write(tmp_path), horizon=1, windows=2))
+    assert len(sent) < 1000
+    table = pickle.loads(sent)
+    assert (table.horizon, table.windows) == (1, 2)
+    np.testing.assert_array_equal(table.target(2), [101.0, np.nan, 103.0])
 
 
 def test_a_digest_is_of_the_content_and_not_of_the_batches(tmp_path: Path) -> None:
