@@ -82,13 +82,16 @@ def _text_generation(model: Manifest) -> ModelSignature:
 
 
 def _embedding(model: Manifest) -> ModelSignature:
-    """Texts to float32 vectors [n, dimension]."""
+    """Texts to float32 vectors [n, dimension].
+
+    The column has no name, so that `predict` takes a list and a server `{"inputs": [...]}`.
+    """
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, Schema, TensorSpec
 
-    vectors = TensorSpec(np.dtype("float32"), (-1, _dimension(model)))
-    return ModelSignature(Schema([ColSpec("string", "inputs")]), Schema([vectors]))
+    vectors = TensorSpec(np.dtype("float32"), (-1, _dimension(model)), "vectors")
+    return ModelSignature(Schema([ColSpec("string")]), Schema([vectors]))
 
 
 def _dimension(model: Manifest) -> int:
@@ -118,9 +121,9 @@ FLAVORS = {
     ),
     "embedding": Flavor(
         module="modelmill_embedding",
-        requirements=("torch", "transformers", "tokenizers", "safetensors", "sentence-transformers"),
+        requirements=("torch", "transformers", "tokenizers", "safetensors"),
         signature=_embedding,
         example=["How does a generator resume?"],
-        usage=('model.predict(["How does a generator resume?"])  # float32 [texts, dimension]',),
+        usage=('model.predict(["How does a generator resume?"])["vectors"]  # float32 [texts, dimension]',),
     ),
 }

@@ -69,7 +69,8 @@ def settle(client: MlflowClient, name: str) -> Move | None:
     Raises:
         UserError: what was written about it cannot be read.
     """
-    text = client.get_registered_model(name).tags.get(PENDING_TAG)
+    model = client.get_registered_model(name)
+    text = model.tags.get(PENDING_TAG)
     if text is None:
         return None
     try:
@@ -78,24 +79,26 @@ def settle(client: MlflowClient, name: str) -> Move | None:
         raise UserError(
             f"registry: the tag {PENDING_TAG} of {name} cannot be read; check its aliases and delete the tag in MLflow"
         ) from None
-    champion = read_aliases(client, name).get(CHAMPION)
+    now = {alias: str(version) for alias, version in model.aliases.items()}
+    champion = now.get(CHAMPION)
     if champion == move.champion:
         logger.warning("finishing a %s of %s to version %s that was cut off", move.action, name, move.champion)
         _finish(client, name, move)
         return move
     if champion == move.replaced:
         logger.warning("taking back a %s of %s to version %s that was cut off", move.action, name, move.champion)
-        _point(client, name, PREVIOUS, move.previous_before)
+        _point(client, name, now, PREVIOUS, move.previous_before)
     client.delete_registered_model_tag(name, PENDING_TAG)
     return None
 
 
 def _finish(client: MlflowClient, name: str, move: Move) -> None:
+    now = read_aliases(client, name)
     # The champion, which people load, is moved when all that it takes to go back is in place.
-    _point(client, name, PREVIOUS, move.previous)
-    _point(client, name, CHAMPION, move.champion)
-    if read_aliases(client, name).get(CHALLENGER) == move.champion:
-        _point(client, name, CHALLENGER, None)
+    _point(client, name, now, PREVIOUS, move.previous)
+    _point(client, name, now, CHAMPION, move.champion)
+    if now.get(CHALLENGER) == move.champion:
+        _point(client, name, now, CHALLENGER, None)
     for tag, value in move.tags.items():
         client.set_model_version_tag(name, move.tagged, tag, value)
     client.delete_registered_model_tag(name, PENDING_TAG)
@@ -107,9 +110,8 @@ def _finish(client: MlflowClient, name: str, move: Move) -> None:
         )
 
 
-def _point(client: MlflowClient, name: str, alias: str, version: str | None) -> None:
-    now = read_aliases(client, name).get(alias)
-    if version is not None and now != version:
+def _point(client: MlflowClient, name: str, now: dict[str, str], alias: str, version: str | None) -> None:
+    if version is not None and now.get(alias) != version:
         client.set_registered_model_alias(name, alias, version)
-    elif version is None and now is not None:
+    elif version is None and alias in now:
         client.delete_registered_model_alias(name, alias)

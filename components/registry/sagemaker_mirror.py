@@ -27,12 +27,13 @@ from modelmill.components.registry.store import FILES_TAG, WEIGHTS_TAG, check_fi
 
 if TYPE_CHECKING:
     from boto3.session import Session
+    from botocore.exceptions import ClientError
     from mlflow.entities.model_registry import ModelVersion
     from sagemaker.core.resources import ModelPackage
 
 PACKAGE_TAG = "sagemaker_package"
 _APPROVALS = {"promoted": "Approved", "already": "Approved", "challenger": "PendingManualApproval"}
-_ABSENT = ("ValidationException", "ResourceNotFound", "ResourceNotFoundException", "404", "NoSuchKey", "NotFound")
+_ABSENT = ("ResourceNotFound", "ResourceNotFoundException", "404", "NoSuchKey", "NotFound")
 logger = logging.getLogger("modelmill")
 
 
@@ -93,13 +94,11 @@ def _mirror(
             raise UserError(
                 f"registration: {name} version {number} is not in the registry any more; register it again"
             )
-        approval = _APPROVALS.get(outcome, "")
-        if "rolled_back" in version.tags:
-            approval = "Rejected"
         with aws_trouble("sagemaker"):
             session = open_session(config.region)
             package = _find_package(config, version, session)
-            if package is None and approval not in _APPROVALS.values():
+            approval = _approval(version, outcome, package)
+            if package is None and not approval:
                 return "", ""
             if package is None:
                 folder = check_files(client, version, output.parent)
@@ -111,6 +110,19 @@ def _mirror(
         if version.tags.get(PACKAGE_TAG) != arn:
             client.set_model_version_tag(name, number, PACKAGE_TAG, arn)
     return arn, found
+
+
+def _approval(version: ModelVersion, outcome: str, package: ModelPackage | None) -> str:
+    """Approval to give a package, or an empty string to leave it, or the group without it, as it is.
+
+    What people decided in SageMaker since stands: only a promotion or a rollback overrules it.
+    """
+    if "rolled_back" in version.tags:
+        return "Rejected" if package is not None else ""
+    if package is None or outcome == "promoted":
+        return _APPROVALS.get(outcome, "")
+    waits = package.model_approval_status == "PendingManualApproval"
+    return "Approved" if outcome == "already" and waits else ""
 
 
 def open_session(region: str | None) -> Session:
@@ -197,21 +209,10 @@ def _upload(config: SageMakerConfig, version: ModelVersion, folder: Path, scratc
 
 
 def _find_package(config: SageMakerConfig, version: ModelVersion, session: Session) -> ModelPackage | None:
-    """The version's package, the newest if there are several; the group is made where there is none."""
-    from botocore.exceptions import ClientError
-    from sagemaker.core.resources import ModelPackage, ModelPackageGroup
+    """The version's package, the newest if there are several."""
+    from sagemaker.core.resources import ModelPackage
 
-    try:
-        ModelPackageGroup.get(config.group, session=session, region=session.region_name)
-    except ClientError as error:
-        if error.response["Error"]["Code"] not in _ABSENT:
-            raise
-        ModelPackageGroup.create(
-            model_package_group_name=config.group,
-            model_package_group_description=f"Promoted versions of {version.name}",
-            session=session,
-            region=session.region_name,
-        )
+    if not _has_group(config.group, session):
         return None
     listed = ModelPackage.get_all(
         model_package_group_name=config.group,
@@ -220,12 +221,30 @@ def _find_package(config: SageMakerConfig, version: ModelVersion, session: Sessi
         session=session,
         region=session.region_name,
     )
-    for summary in listed:
-        package = _get_package(str(summary.model_package_arn), session)
+    for package in listed:  # each is described by a request of its own
         facts = package.customer_metadata_properties
         if isinstance(facts, dict) and facts.get(FILES_TAG) == _digest(version):
             return package
     return None
+
+
+def _has_group(group: str, session: Session) -> bool:
+    from botocore.exceptions import ClientError
+    from sagemaker.core.resources import ModelPackageGroup
+
+    try:
+        ModelPackageGroup.get(group, session=session, region=session.region_name)
+    except ClientError as error:
+        if _is_missing(error):
+            return False
+        raise
+    return True
+
+
+def _is_missing(error: ClientError) -> bool:
+    """Whether AWS says that what was asked for does not exist; SageMaker says so in the words of a wrong request."""
+    code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+    return code in _ABSENT or (code == "ValidationException" and "not exist" in message)
 
 
 def _get_package(arn: str, session: Session) -> ModelPackage:
@@ -239,33 +258,59 @@ def _get_package(arn: str, session: Session) -> ModelPackage:
 def _create_package(
     config: SageMakerConfig, version: ModelVersion, data: str, approval: str, reason: str, session: Session
 ) -> ModelPackage:
-    from sagemaker.core.resources import ModelPackage
-    from sagemaker.core.shapes import InferenceSpecification, ModelPackageContainerDefinition
+    """Make the package, through the SDK's client.
 
-    container = ModelPackageContainerDefinition(
-        image=config.image, model_data_url=data, **({"environment": config.environment} if config.environment else {})
-    )
-    instances = {"supported_realtime_inference_instance_types": list(config.instance_types)}
-    specification = InferenceSpecification(
-        containers=[container],
-        supported_content_types=list(config.content_types),
-        supported_response_mime_types=list(config.response_types),
-        **(instances if config.instance_types else {}),
+    Not by `ModelPackage.create`: in sagemaker-core 2.27 it takes the inference specification of a model card, which
+    has no content types, and refuses that of a package.
+    """
+    from sagemaker.core.resources import ModelPackage, ModelPackageGroup
+
+    if not _has_group(config.group, session):
+        ModelPackageGroup.create(
+            model_package_group_name=config.group,
+            model_package_group_description=f"Promoted versions of {version.name}",
+            session=session,
+            region=session.region_name,
+        )
+    client = ModelPackage.get_sagemaker_client(
+        session=session, region_name=session.region_name, service_name="sagemaker"
     )
     events.progress("making the model package")
-    package = ModelPackage.create(
-        model_package_group_name=config.group,
-        model_package_description=_plain(f"{version.name} version {version.version}. {reason}", 1024),
-        inference_specification=specification,
-        model_approval_status=approval,
-        customer_metadata_properties=_facts(version),
+    made = client.create_model_package(**package_request(config, version, data, approval, reason))
+    return _get_package(made["ModelPackageArn"], session)
+
+
+def package_request(
+    config: SageMakerConfig, version: ModelVersion, data: str, approval: str, reason: str
+) -> dict[str, Any]:
+    """The request `CreateModelPackage` for a version.
+
+    Args:
+        config: group, container and what it takes.
+        version: of the registry.
+        data: URI of its packed files.
+        approval: `Approved`, `PendingManualApproval` or `Rejected`.
+        reason: of the promotion.
+    """
+    container: dict[str, Any] = {"Image": config.image, "ModelDataUrl": data}
+    if config.environment:
+        container["Environment"] = config.environment
+    specification: dict[str, Any] = {
+        "Containers": [container],
+        "SupportedContentTypes": list(config.content_types),
+        "SupportedResponseMIMETypes": list(config.response_types),
+    }
+    if config.instance_types:
+        specification["SupportedRealtimeInferenceInstanceTypes"] = list(config.instance_types)
+    return {
+        "ModelPackageGroupName": config.group,
+        "ModelPackageDescription": _plain(f"{version.name} version {version.version}. {reason}", 1024),
+        "InferenceSpecification": specification,
+        "ModelApprovalStatus": approval,
+        "CustomerMetadataProperties": _facts(version),
         # A request that is sent twice, as after a lost answer, makes one package.
-        client_token=_digest(version)[:36],
-        session=session,
-        region=session.region_name,
-    )
-    assert package is not None
-    return package
+        "ClientToken": _digest(version)[:36],
+    }
 
 
 def _set_approval(package: ModelPackage, approval: str, reason: str) -> None:

@@ -59,14 +59,13 @@ def read_verdict(gate: Manifest, weights: str) -> Verdict:
     if not is_gate(gate):
         raise UserError(f"gate: {gate.uri} is of kind {gate.kind}; give the output of the step gate")
     record, told = _record(gate), gate.metadata
-    passed: object = record.get("passed")
+    passed = record.get("passed")
     if not isinstance(passed, bool) or told.get("passed") is not passed:
         raise UserError(
             f"gate: its file says passed {passed!r} and its manifest {told.get('passed')!r}; run the gate again"
         )
-    numbers = {**gate.metrics, **{name: value for name, value in record["test"].items() if _is_number(value)}}
-    for name, value in numbers.items():
-        if not math.isfinite(value):
+    for name, value in [*gate.metrics.items(), *record["test"].items()]:
+        if _is_number(value) and not math.isfinite(value):
             raise UserError(f"gate: its {name} is {value}, which decides nothing; mend the scores and run it again")
     candidate = str(told.get("candidate_weights_digest", ""))
     if candidate != weights:
@@ -74,7 +73,7 @@ def read_verdict(gate: Manifest, weights: str) -> Verdict:
         raise UserError(f"gate: it judged other weights ({judged}) than the model's {weights[:16]}; judge this model")
     title, _, report = gate.path(REPORT_FILE).read_text(encoding="utf-8").partition("\n")
     return Verdict(
-        passed=passed,
+        passed=passed is True,
         reasons=tuple(str(reason) for reason in told.get("reasons", ())),
         metric=str(told.get("metric", "")),
         gain=float(record["test"].get("gain", 0.0)),

@@ -28,10 +28,8 @@ def models_command(name: str | None, as_json: bool) -> None:
     if not models:
         click.echo("no model is registered; a pipeline with the step register_model registers one")
         return
-    rows = [("MODEL", "VERSION", "ALIASES", "GATE", "DECISION", "METHOD", "WEIGHTS", "DATA")]
-    for model in models:
-        rows += [_row(model["name"], version) for version in model["versions"]]
-    print_table(rows)
+    head = ("MODEL", "VERSION", "ALIASES", "GATE", "DECISION", "METHOD", "WEIGHTS", "DATA")
+    print_table([head, *(_row(model["name"], version) for model in models for version in model["versions"])])
 
 
 def _row(name: str, version: dict[str, Any]) -> tuple[str, ...]:

@@ -166,7 +166,8 @@ def test_equal_weights_beyond_the_first_page_are_found(store_home: Home, monkeyp
 
     monkeypatch.setattr(MlflowClient, "search_model_versions", small_pages)
     found = version_of(client, "many", "d", "any files")
-    assert found is not None and str(found.version) == "1"
+    assert found is not None
+    assert str(found.version) == "1"
     assert len(pages) == 3
     assert version_of(client, "many", "other", "any files") is None
 
