@@ -30,3 +30,14 @@ def merge_adapter(
 
     inputs = {"adapter": adapter.path, "instructions": instructions.path, "base": base.path}
     run_step(step, section, inputs, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def dpo(
+    section: str, preferences: dsl.Input[dsl.Dataset], base: dsl.Input[dsl.Model], manifest: dsl.Output[dsl.Model]
+) -> None:
+    """Tune a model, or an adapter for it, to prefer one answer of each pair, on several processes."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.finetuning.dpo import dpo as step
+
+    run_step(step, section, {"preferences": preferences.path, "base": base.path}, {"manifest": manifest.path})
