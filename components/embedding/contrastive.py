@@ -94,7 +94,7 @@ def make_loss(model: SentenceTransformer, config: EmbeddingTrainingConfig, world
     if config.loss == "cosent":
         return losses.CoSENTLoss(model, scale=config.scale)
     options: dict[str, Any] = {"scale": config.scale, "gather_across_devices": world_size > 1}
-    if config.loss == "cached_multiple_negatives_ranking":
+    if config.mini_batch_size is not None:
         return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=config.mini_batch_size, **options)
     if config.loss == "symmetric_ranking":
         options |= {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}

@@ -20,7 +20,7 @@ from modelmill.components.data.cleaning import assign_split, digest
 from modelmill.components.data.conversations import BadRecord
 from modelmill.components.data.documents import SPLITS
 from modelmill.components.data.instruction_config import InstalledDocsQuestions
-from modelmill.components.embedding.config import PARAMETER, PairsConfig
+from modelmill.components.embedding.config import PARAMETER, PairsConfig, RecordSource
 from modelmill.components.embedding.pair_sources import Pair, read_pair, read_pair_records
 
 logger = logging.getLogger("modelmill")
@@ -129,15 +129,17 @@ class _Reader:
         source = self._config.source[number]
         logger.info("reading %s", source.label)
         before, lost, skipped = self.read_records, self.dropped.copy(), Counter[str]()
-        documentation = isinstance(source, InstalledDocsQuestions)
-        yield from self._questions(source, skipped) if documentation else self._records(source, scratch)
+        if isinstance(source, InstalledDocsQuestions):
+            yield from self._questions(source, skipped)
+        else:
+            yield from self._records(source, scratch)
         report = {"type": source.type, "records": self.read_records - before}
         lost = self.dropped - lost
         self.reports.append(
             {**report, "dropped": dict(sorted(lost.items())), "skipped": dict(sorted(skipped.items()))}
         )
 
-    def _records(self, source: Any, scratch: Path) -> Iterator[_Placed]:
+    def _records(self, source: RecordSource, scratch: Path) -> Iterator[_Placed]:
         # Closed here, so that an error ends downloads and open files now and not at the next garbage collection.
         with closing(read_pair_records(source, scratch)) as records:
             for place, value in records:
