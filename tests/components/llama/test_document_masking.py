@@ -15,11 +15,13 @@ from modelmill.components.data.loader import BatchSource, open_rows
 from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.huggingface import load_huggingface
 from modelmill.components.llama.model import LlamaDecoder
-from modelmill.components.llama.pretrain import masked_next_token_loss, next_token_loss, pretrain
+from modelmill.components.llama.pretrain import masked_next_token_loss, next_token_loss, pretrain, train
 from modelmill.components.training import activations, attention_kernels
 from modelmill.components.training.attention import AttentionNeeds, make_kernel
 from modelmill.components.training.attention_kernels import Attend, DocumentwiseFlash
 from modelmill.components.training.documents import document_ids, document_lengths, document_mask
+from modelmill.components.training.launch import LAUNCHED_VARIABLE
+from tests.components.training.runs import Here
 from tests.components.training.samples import VOCAB, make_tokenizer, make_tokens, pretrain_config
 
 from .conftest import make_config
@@ -141,13 +143,14 @@ def test_masked_flash_attention_makes_no_mask(monkeypatch: pytest.MonkeyPatch) -
 def test_pretraining_masks_training_and_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step itself: its first training loss and its validation loss are those of masked rows."""
     monkeypatch.setenv("MODELMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(LAUNCHED_VARIABLE, "0")
     tokens, tokenizer = make_tokens(tmp_path / "tokens"), make_tokenizer(tmp_path / "tokenizer")
     config = pretrain_config(
         document_masking=True, attention="math", steps=1, warmup_steps=0, parallel={"processes_per_node": 1}
     )
     output = tmp_path / "attempt" / "data"
     output.mkdir(parents=True)
-    result = pretrain(config, output, tokenizer=tokenizer, tokens=tokens)
+    result = pretrain(config, output, tokenizer=tokenizer, tokens=tokens, launcher=Here(train))
 
     training = config.training
     model = LlamaDecoder(config.model.model_copy(update={"vocab_size": VOCAB}), seed=training.seed)

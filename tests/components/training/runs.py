@@ -23,11 +23,17 @@ from modelmill.components.training.checkpoint import Checkpoints
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.feed import Batches
 from modelmill.components.training.journal import Journal
-from modelmill.components.training.launch import TrainingResult
+from modelmill.components.training.launch import LocalLauncher, TrainingJob, TrainingResult
 from modelmill.components.training.loop import Objective, TrainingData, TrainingLoop
 from modelmill.components.training.mesh import Mesh
 from modelmill.components.training.prepare import prepare
-from modelmill.components.training.worker import RankContext, StopRequestedError, StopSignal, run_rank
+from modelmill.components.training.worker import (
+    RankContext,
+    RankFunction,
+    StopRequestedError,
+    StopSignal,
+    run_rank,
+)
 from tests.components.training.samples import MODEL, VOCAB, training_config
 
 MODULE = "tests.components.training.runs"
@@ -36,6 +42,21 @@ MODULE = "tests.components.training.runs"
 def single_rank(scratch: Path) -> RankContext:
     """The context of a run that is not launched."""
     return RankContext(0, 1, Mesh(), torch.device("cpu"), CPU(), StopSignal(1), scratch)
+
+
+class Here(LocalLauncher):
+    """A launcher whose one rank is this process.
+
+    Args:
+        function: what the job's module runs in each process.
+    """
+
+    def __init__(self, function: RankFunction) -> None:
+        super().__init__()
+        self.function = function
+
+    def launch(self, job: TrainingJob) -> TrainingResult:
+        return self.function(single_rank(job.scratch), dict(job.spec), job.training)
 
 
 class Stopping:
