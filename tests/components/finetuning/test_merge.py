@@ -68,6 +68,9 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
     assert (expected - untuned).abs().max() > 0.05
     assert weights_digest(base) == before
     assert made.metadata["weights_digest"] == weights_digest(folder) != before
+    kept = {name: made.metadata[name] for name in ("method", "base", "base_digest", "dataset_digest", "template")}
+    assert kept == {name: adapter.metadata[name] for name in kept}
+    assert kept["method"] == method
     assert {key.split(".")[-1] for key in load_file(folder / "model.safetensors")} <= {"weight", "bias"}
 
 
