@@ -75,9 +75,9 @@ def _texts(model_input: Any) -> list[str]:
         model_input = model_input.iloc[:, 0].tolist()
     elif isinstance(model_input, Mapping):
         model_input = model_input["inputs"]
-    if isinstance(model_input, str):
-        model_input = [model_input]
-    return [str(text) for text in model_input]
+    cells = [model_input] if isinstance(model_input, str) else list(model_input)
+    # MLflow makes one cell of the list in {"inputs": [...]}.
+    return [str(text) for cell in cells for text in ([cell] if isinstance(cell, str) else cell)]
 
 
 def _pooling(folder: Path) -> str:

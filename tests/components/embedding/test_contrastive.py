@@ -17,8 +17,9 @@ from torch.nn import functional
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.embedding import contrastive
-from modelmill.components.embedding.encoder import load_encoder
+from modelmill.components.embedding.encoder import embed, load_encoder
 from modelmill.components.embedding.pairs import read_pairs
+from modelmill.components.embedding.retrieval import Held, rank, score
 from modelmill.components.training.worker import StopRequestedError
 from tests.components.embedding.runs import one_rank, train
 from tests.components.embedding.samples import NOUNS, make_base, make_pairs, records
@@ -139,6 +140,21 @@ def test_no_text_is_its_own_wrong_answer(still: Manifest, tmp_path: Path, monkey
     train(tmp_path / "run", pairs, still, steps=6, batch_size=12)
     assert len(seen) == 6
     assert all(len(side.unique(dim=0)) == 12 for batch in seen for side in batch)
+
+
+def test_pairs_that_do_not_belong_together_teach_nothing(base: Manifest, tmp_path: Path) -> None:
+    """The control: the same texts with their answers exchanged, judged on the true pairs."""
+    rows, found = records(), {}
+    others = np.random.default_rng(0).permutation(len(rows))
+    exchanged = [{**row, "sentence2": rows[other]["sentence2"]} for row, other in zip(rows, others, strict=True)]
+    true = make_pairs(tmp_path / "true", rows, validation_fraction=0.0)
+    held = Held.of(read_pairs(true, "test", together=True))
+    for name, pairs in (("true", true), ("exchanged", make_pairs(tmp_path / "exchanged", exchanged))):
+        done = train(tmp_path / name, pairs, base, steps=40, learning_rate=5e-3)
+        model = load_encoder(done.folder / "model", "cpu")
+        ranks = rank(embed(model, held.questions, 64), embed(model, held.corpus, 64), held.relevant)
+        found[name] = score(ranks)["ndcg_at_10"].mean()
+    assert found["true"] > found["exchanged"] + 0.1
 
 
 class TestGoingOn:

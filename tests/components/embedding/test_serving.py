@@ -53,6 +53,9 @@ def test_one_text_a_list_and_a_table_are_the_same(folder: Path) -> None:
     expected = served.predict(["the cat sat"])["vectors"]
     for given in ({"inputs": "the cat sat"}, {"inputs": ["the cat sat"]}, pd.DataFrame({"inputs": ["the cat sat"]})):
         assert np.array_equal(served.predict(given)["vectors"], expected)
+    several = served.predict(["the cat sat", "fox"])["vectors"]
+    in_one_cell = pd.DataFrame({"inputs": [["the cat sat", "fox"]]})  # what MLflow makes of {"inputs": [...]}
+    assert np.array_equal(served.predict(in_one_cell)["vectors"], several)
     assert served.predict([])["vectors"].shape == (0, 32)
 
 
