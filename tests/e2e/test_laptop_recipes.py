@@ -25,32 +25,34 @@ class TestSmoke:
         runs = json.loads(modelmill(work, "runs", "--json").stdout)
         assert len(runs) == 1
 
-    def test_second_run_reuses_everything_but_the_registration(self, work: Path) -> None:
-        done = modelmill(work, "run", "laptop/llama-smoke")
-        assert done.returncode == 0, done.stdout + done.stderr
-        for step in ("ingest_corpus", "train_tokenizer", "pack_tokens", "pretrain", "evaluate_heldout"):
-            assert f"{step}: reused" in done.stdout, done.stdout
-
-    def test_same_weights_register_no_second_version(self, work: Path) -> None:
-        versions = {manifest["metadata"]["version"] for manifest in manifests(work, "register_model")}
-        assert len(versions) == 1
-
     def test_changed_value_recomputes_only_what_depends_on_it(self, work: Path) -> None:
         done = modelmill(work, "run", "laptop/llama-smoke", "--set", "evaluation.num_samples=0")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "pretrain: reused" in done.stdout
+        for step in ("ingest_corpus", "train_tokenizer", "pack_tokens", "pretrain"):
+            assert f"{step}: reused" in done.stdout, done.stdout
         assert "evaluate_heldout: finished" in done.stdout
 
-    def test_same_seed_gives_bit_identical_weights(self, work: Path) -> None:
-        """Another home, so that nothing can be reused."""
-        other = work / "other"
-        other.mkdir()
-        done = modelmill(other, "run", "laptop/llama-smoke")
+    def test_same_weights_register_no_second_version(self, work: Path) -> None:
+        registrations = manifests(work, "register_model")
+        assert len(registrations) == 2
+        assert len({manifest["metadata"]["version"] for manifest in registrations}) == 1
+
+
+@pytest.mark.slow
+def test_a_repeated_run_reuses_and_another_home_gives_bit_identical_weights(tmp_path: Path) -> None:
+    homes = [tmp_path / "one", tmp_path / "other"]
+    for home in homes:
+        home.mkdir()
+        done = modelmill(home, "run", "laptop/llama-smoke")
         assert done.returncode == 0, done.stdout + done.stderr
-        mine, theirs = manifests(work, "pretrain")[-1], manifests(other, "pretrain")[-1]
-        assert mine["metadata"]["weights_digest"] == theirs["metadata"]["weights_digest"]
-        assert mine["files"] == theirs["files"]
-        assert manifests(work, "ingest_corpus")[-1]["files"] == manifests(other, "ingest_corpus")[-1]["files"]
+    again = modelmill(homes[0], "run", "laptop/llama-smoke")
+    assert again.returncode == 0, again.stdout + again.stderr
+    for step in ("ingest_corpus", "train_tokenizer", "pack_tokens", "pretrain", "evaluate_heldout"):
+        assert f"{step}: reused" in again.stdout, again.stdout
+    for step in ("ingest_corpus", "train_tokenizer", "pack_tokens", "pretrain"):
+        (mine,), (theirs,) = (manifests(home, step) for home in homes)
+        assert mine["files"] == theirs["files"], step
+    assert mine["metadata"]["weights_digest"] == theirs["metadata"]["weights_digest"]
 
 
 @pytest.mark.slow
