@@ -16,7 +16,7 @@ from modelmill.components.evaluation.config import (
     GuardConfig,
     TextScoresConfig,
 )
-from modelmill.components.finetuning.config import AdapterConfig, FinetuneConfig, MergeConfig, Method
+from modelmill.components.finetuning.config import AdapterConfig, FinetuneConfig, MergeConfig, Method, QuantizationConfig
 from modelmill.components.registry.config import FetchModelConfig, PromoteConfig, RegisterConfig, RegistryConfig
 from modelmill.components.training.config import TrainingConfig
 
@@ -37,6 +37,9 @@ class FinetuningRecipe(Recipe):
     instructions: InstructionsConfig = Field(description="What is learnt.")
     method: Method = Field(default="lora", description="full, lora, dora, or qlora over 4-bit weights.")
     adapter: AdapterConfig = Field(default=AdapterConfig(), description="The adapter; method full has none.")
+    quantization: QuantizationConfig = Field(
+        default=QuantizationConfig(), description="The 4-bit base; method qlora alone has one."
+    )
     training: TrainingConfig = Field(description="Batch, layout, optimizer, schedule.")
     merging: MergeConfig = Field(default=MergeConfig(), description="Check of the merged weights.")
     generation: GenerateConfig = Field(default=GenerateConfig(), description="How both models answer.")
@@ -69,12 +72,16 @@ class FinetuningRecipe(Recipe):
 
     def finetuning(self) -> FinetuneConfig:
         """Section of the training step."""
-        return FinetuneConfig(method=self.method, adapter=self.adapter, training=self.training)
+        return FinetuneConfig(
+            method=self.method, adapter=self.adapter, quantization=self.quantization, training=self.training
+        )
 
     def check_local(self) -> None:
         """See `Recipe.check_local`: the layout, precision and accelerator must be ones that this machine has."""
+        from modelmill.components.finetuning.job import refuse_missing_packages
         from modelmill.components.training.launch import LocalLauncher
 
+        refuse_missing_packages(self.method)
         LocalLauncher().check(self.training)
 
     def headline(self) -> list[str]:
