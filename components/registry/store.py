@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
@@ -22,7 +23,7 @@ from modelmill.components.core.mlflow_store import (
     safe_uri,
     sqlite_path,
 )
-from modelmill.components.core.uri import is_remote, local_path
+from modelmill.components.core.uri import local_path
 from modelmill.components.core.weights import weights_digest
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def registered_folder(client: MlflowClient, version: ModelVersion, scratch: Path
     from mlflow.artifacts import download_artifacts
 
     place = str(client.get_model_version_download_uri(version.name, version.version))
-    if not is_remote(place):
+    if urlsplit(place).scheme in ("", "file"):  # not is_remote: a server's own are mlflow-artifacts:/path
         folder = local_path(place)
         if not folder.is_dir():
             raise UserError(f"registry: the files of {_named(version)} are gone from {folder}; register it again")

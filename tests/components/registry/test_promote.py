@@ -7,7 +7,9 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +17,15 @@ from mlflow import MlflowClient
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
-from modelmill.components.core.step import options_of
+from modelmill.components.core.step import options_of, section
+from modelmill.components.registry import component
 from modelmill.components.registry import promote as module
+from modelmill.components.registry.config import MirrorConfig, PromoteConfig, RegisterConfig
 from modelmill.components.registry.moves import PENDING_TAG
 from modelmill.components.registry.promote import promote
+from modelmill.components.registry.register import register_model
 from modelmill.components.registry.rollback import rollback
+from modelmill.components.registry.sagemaker_mirror import mirror_to_sagemaker
 from tests.components.registry.versions import Workshop
 
 
@@ -310,3 +316,49 @@ def test_a_move_that_cannot_be_read_is_named(workshop: Workshop, name: str) -> N
     *_, (_, registration, verdict) = workshop.reign(name, 1)
     workshop.client.set_registered_model_tag(name, PENDING_TAG, "{}")
     refused(workshop, name, registration, verdict, f"the tag {PENDING_TAG} of .* cannot be read")
+
+
+def test_two_promotions_at_once_leave_one_champion_and_its_predecessor(workshop: Workshop, name: str) -> None:
+    """Two pipelines that compared with the same champion: the second finds another champion than it was judged by."""
+    ((champion, _, _),) = workshop.reign(name, 1)
+    rivals = []
+    for seed in (2, 3):
+        model = workshop.model(seed)
+        rivals.append((workshop.register(name, model), workshop.gate(model, champion)))
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = sorted(pool.map(lambda rival: workshop.outcome(*rival), rivals))
+    assert outcomes == ["challenger", "promoted"]
+    aliases = workshop.aliases(name)
+    assert aliases["previous"] == "1"
+    assert {aliases["champion"], aliases["challenger"]} == {"2", "3"}
+
+
+def test_the_shells_hand_manifests_on(workshop: Workshop, name: str, tmp_path: Path) -> None:
+    model = workshop.model(1)
+    verdict = workshop.gate(model, workshop.model(0))
+    paths = {"model": model, "gate": verdict}
+    for key, manifest in paths.items():
+        manifest.write(tmp_path / f"{key}.json")
+
+    def artifact(key: str) -> Any:
+        return SimpleNamespace(path=str(tmp_path / key))
+
+    registering = section("register_model", RegisterConfig(name=name), register_model)
+    component.register_model.python_func(
+        registering, artifact("model.json"), artifact("gate.json"), artifact("registration.json"), artifact("card.md")
+    )
+    promoting = section("promote", PromoteConfig(), promote)
+    component.promote.python_func(
+        promoting,
+        artifact("registration.json"),
+        artifact("gate.json"),
+        artifact("promotion.json"),
+        artifact("report.md"),
+    )
+    assert Manifest.read(tmp_path / "promotion.json").metadata["outcome"] == "promoted"
+    assert (tmp_path / "report.md").read_text().startswith(f"# {name} version 1: promoted")
+    mirroring = section("mirror_to_sagemaker", MirrorConfig(), mirror_to_sagemaker)
+    component.mirror_to_sagemaker.python_func(
+        mirroring, artifact("registration.json"), artifact("promotion.json"), artifact("mirror.json")
+    )
+    assert Manifest.read(tmp_path / "mirror.json").metadata == {"package": "", "approval": ""}

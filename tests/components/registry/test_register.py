@@ -28,7 +28,7 @@ from modelmill.components.evaluation.config import EvaluationConfig
 from modelmill.components.evaluation.heldout import evaluate_heldout
 from modelmill.components.registry.config import RegisterConfig
 from modelmill.components.registry.register import register_model
-from modelmill.components.registry.store import version_of
+from modelmill.components.registry.store import check_files, version_of
 from tests.components.conftest import RunFolder, TrackingServer
 from tests.components.small_model import SmallModel
 
@@ -254,6 +254,13 @@ def test_on_a_server_and_without_one(
     )
     assert weights_digest(Path(local) / "data" / "model") == version.tags["weights_digest"]
     assert not (home.root / "mlflow.db").exists()
+    (tmp_path / "scratch").mkdir()
+    checked = check_files(client, version, tmp_path / "scratch")
+    assert weights_digest(checked) == model.metadata["weights_digest"]
+    client.set_model_version_tag("small-llama", "1", "files_digest", "0" * 64)
+    with pytest.raises(UserError, match="were changed since"):
+        check_files(client, client.get_model_version("small-llama", "1"), tmp_path / "scratch")
+    client.set_model_version_tag("small-llama", "1", "files_digest", version.tags["files_digest"])
 
     tracking_server.kill()
     make_run(home, "run-7").enter("register_model")
