@@ -101,6 +101,10 @@ SHIPPED = Catalog(
             recipe="modelmill.pipelines.recipes.lora_finetune:LoraFinetuneRecipe",
             dag="modelmill.pipelines.lora_finetune:lora_finetune",
         ),
+        "preference_tuning": Pipeline(
+            recipe="modelmill.pipelines.recipes.preference_tuning:PreferenceTuningRecipe",
+            dag="modelmill.pipelines.preference_tuning:preference_tuning",
+        ),
         "retrain": Pipeline(
             recipe="modelmill.pipelines.recipes.retrain:RetrainRecipe",
             dag="modelmill.pipelines.retrain:retrain",

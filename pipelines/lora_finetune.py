@@ -43,7 +43,7 @@ def lora_finetune(
     prepared = data.prepare_instructions(section=prepare_instructions, tokenizer=base, corpus=corpus)
     instructions = prepared.outputs["manifest"]
     adapter = finetuning.finetune(section=finetune, instructions=instructions, base=base).outputs["manifest"]
-    merged = finetuning.merge_adapter(section=merge_adapter, adapter=adapter, instructions=instructions, base=base)
+    merged = finetuning.merge_adapter(section=merge_adapter, adapter=adapter, data=instructions, base=base)
     tuned = merged.outputs["manifest"]
 
     base_texts = _generate_base(section=generate_base, model=base, instructions=instructions).outputs["manifest"]

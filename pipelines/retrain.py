@@ -53,9 +53,7 @@ def retrain(
         news = registry.find_new_data(section=find_new_data, data=instructions, champion=champion)
         with dsl.If(news.outputs["Output"] == True, name="new-data"):  # noqa: E712 (kfp overloads the comparison)
             adapter = finetuning.finetune(section=finetune, instructions=instructions, base=base).outputs["manifest"]
-            merged = finetuning.merge_adapter(
-                section=merge_adapter, adapter=adapter, instructions=instructions, base=base
-            )
+            merged = finetuning.merge_adapter(section=merge_adapter, adapter=adapter, data=instructions, base=base)
             tuned = merged.outputs["manifest"]
             theirs = _generate_champion(section=generate_champion, model=champion, instructions=instructions)
             ours = _generate_tuned(section=generate_tuned, model=tuned, instructions=instructions)

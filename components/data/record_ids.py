@@ -17,12 +17,13 @@ def record_ids(data: Manifest) -> Iterator[str]:
     """Ids of the records of a training split, as hex.
 
     Args:
-        data: manifest of `prepare_instructions` (its conversations' ids) or `ingest_corpus` (digests of its texts).
+        data: manifest of `prepare_instructions` or `prepare_preferences` (ids of its records), or of `ingest_corpus`
+            (digests of its texts).
 
     Raises:
         UserError: it is neither.
     """
-    if data.kind == "instructions":
+    if data.kind in ("instructions", "preferences"):
         with data.path("train.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield str(json.loads(line)["id"])
@@ -30,7 +31,7 @@ def record_ids(data: Manifest) -> Iterator[str]:
         for batch in read_documents(data.path("train.arrow")):
             yield from (digest(text).hex() for text in batch)
     else:
-        raise UserError(f"data: {data.uri} is of kind {data.kind}; give instructions or a corpus")
+        raise UserError(f"data: {data.uri} is of kind {data.kind}; give instructions, preferences or a corpus")
 
 
 def known_records(model: Manifest) -> set[str]:

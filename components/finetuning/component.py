@@ -20,7 +20,7 @@ def finetune(
 def merge_adapter(
     section: str,
     adapter: dsl.Input[dsl.Model],
-    instructions: dsl.Input[dsl.Dataset],
+    data: dsl.Input[dsl.Dataset],
     base: dsl.Input[dsl.Model],
     manifest: dsl.Output[dsl.Model],
 ) -> None:
@@ -28,7 +28,7 @@ def merge_adapter(
     from modelmill.components.core.step import run_step
     from modelmill.components.finetuning.merge import merge_adapter as step
 
-    inputs = {"adapter": adapter.path, "instructions": instructions.path, "base": base.path}
+    inputs = {"adapter": adapter.path, "data": data.path, "base": base.path}
     run_step(step, section, inputs, {"manifest": manifest.path})
 
 

@@ -29,7 +29,7 @@ logger = logging.getLogger("modelmill")
 
 
 def merge_adapter(
-    config: MergeConfig, output: Path, *, adapter: Manifest, instructions: Manifest, base: Manifest
+    config: MergeConfig, output: Path, *, adapter: Manifest, data: Manifest, base: Manifest
 ) -> StepResult:
     """Add an adapter to the weights of its base and check the logits on held-out rows.
 
@@ -48,8 +48,8 @@ def merge_adapter(
         config: rows and tolerance.
         output: an empty folder.
         adapter: manifest of `finetune` or `dpo`.
-        instructions: manifest of `prepare_instructions`; rows of its validation split, or the test split where that is
-            empty.
+        data: manifest of `prepare_instructions` or `prepare_preferences`; rows of its validation split, or the test
+            split where that is empty.
         base: manifest of the model the adapter was trained on.
 
     Returns:
@@ -66,7 +66,7 @@ def merge_adapter(
     _check_pair(adapter, found)
     rounding = adapter.metadata.get("quantization") if config.into == "trained" else None
     refuse_missing_packages("qlora" if rounding else "lora")
-    batch = _held_out(instructions, config.rows)
+    batch = _held_out(data, config.rows)
     for entry in adapter.files:
         adapter.path(entry.path)
     events.progress("merging")
@@ -114,12 +114,12 @@ def _check_pair(adapter: Manifest, base: Base) -> None:
         )
 
 
-def _held_out(instructions: Manifest, number: int) -> InstructionBatch:
+def _held_out(data: Manifest, number: int) -> InstructionBatch:
     for split in ("validation", "test"):
-        rows = open_instructions(instructions, split)
+        rows = open_instructions(data, split)
         if len(rows):
             return rows.take(slice(0, number))
-    raise UserError("instructions: no held-out row to compare logits on; raise instructions.validation_fraction")
+    raise UserError("data: no held-out row to compare logits on; raise its validation_fraction")
 
 
 def _merge(

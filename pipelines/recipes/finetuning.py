@@ -1,7 +1,8 @@
-"""What the recipes of fine-tuning pipelines have in common: sections, their checks, and the steps that judge."""
+"""What the recipes of tuning pipelines have in common: sections, their checks, and the steps around the training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -16,25 +17,32 @@ from modelmill.components.evaluation.config import (
     GuardConfig,
     TextScoresConfig,
 )
-from modelmill.components.finetuning.config import AdapterConfig, FinetuneConfig, MergeConfig, Method, QuantizationConfig
+from modelmill.components.finetuning.config import (
+    AdapterConfig,
+    FinetuneConfig,
+    MergeConfig,
+    Method,
+    QuantizationConfig,
+)
 from modelmill.components.registry.config import FetchModelConfig, PromoteConfig, RegisterConfig, RegistryConfig
 from modelmill.components.training.config import TrainingConfig
 
 COMPONENTS = "modelmill.components"
 _GUARDED = ("text_loss", "text_bits_per_byte")  # what `score_texts` gives
 _BERTSCORE = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
-_GATE = GateConfig(
-    metric="rougeL",
-    guards=(GuardConfig(metric="text_bits_per_byte", direction="lower", max_drop=0.1, examples="other"),),
-)
 
 
-class FinetuningRecipe(Recipe):
-    """Sections of a fine-tuning whose result is judged by what it writes."""
+def default_gate(metric: str) -> GateConfig:
+    """Better by that metric, and no more than 0.1 bits per byte worse at the base's own task."""
+    guard = GuardConfig(metric="text_bits_per_byte", direction="lower", max_drop=0.1, examples="other")
+    return GateConfig(metric=metric, guards=(guard,))
+
+
+class TuningRecipe(Recipe):
+    """Sections of any tuning of a language model whose result is judged by a gate, guarded by a corpus."""
 
     model: FetchModelConfig = Field(description="The model to start from.")
     corpus: CorpusConfig = Field(description="Text of the base's own task, on which the tuned model must not fall.")
-    instructions: InstructionsConfig = Field(description="What is learnt.")
     method: Method = Field(default="lora", description="full, lora, dora, or qlora over 4-bit weights.")
     adapter: AdapterConfig = Field(default=AdapterConfig(), description="The adapter; method full has none.")
     quantization: QuantizationConfig = Field(
@@ -42,33 +50,10 @@ class FinetuningRecipe(Recipe):
     )
     training: TrainingConfig = Field(description="Batch, layout, optimizer, schedule.")
     merging: MergeConfig = Field(default=MergeConfig(), description="Check of the merged weights.")
-    generation: GenerateConfig = Field(default=GenerateConfig(), description="How both models answer.")
-    scores: GenerationScoresConfig = Field(default=GenerationScoresConfig(), description="How answers are scored.")
     forgetting: TextScoresConfig = Field(default=TextScoresConfig(), description="How the corpus is scored.")
-    gate: GateConfig = Field(default=_GATE, description="What the tuned model must show to be promoted.")
+    gate: GateConfig = Field(description="What the tuned model must show to be promoted.")
     registry: RegistryConfig = Field(description="Where the tuned model is registered.")
     promotion: PromoteConfig = Field(default=PromoteConfig(), description="What a promotion says.")
-
-    @model_validator(mode="after")
-    def _steps_fit(self) -> Self:
-        self.finetuning()
-        known = [*self.scores.metrics, *(_BERTSCORE if self.scores.bertscore else ())]
-        if self.gate.metric not in known:
-            raise ValueError(
-                f"gate.metric: {self.gate.metric!r} is not among scores.metrics; {suggest(self.gate.metric, known)}"
-            )
-        guards = [guard for guard in self.gate.guards if guard.examples == "other"]
-        if not guards:
-            raise ValueError(
-                "gate.guards: none looks at the corpus; add one with examples: other, metric text_bits_per_byte,"
-                " direction: lower and the max_drop that is accepted"
-            )
-        for guard in self.gate.guards:
-            if guard.metric not in (choice := _GUARDED if guard.examples == "other" else known):
-                raise ValueError(f"gate.guards: {guard.metric!r} is no score there; {suggest(guard.metric, choice)}")
-            if guard.examples == "other" and guard.direction != "lower":
-                raise ValueError(f"gate.guards: {guard.metric} is a loss; set its direction to lower")
-        return self
 
     def finetuning(self) -> FinetuneConfig:
         """Section of the training step."""
@@ -76,8 +61,32 @@ class FinetuningRecipe(Recipe):
             method=self.method, adapter=self.adapter, quantization=self.quantization, training=self.training
         )
 
+    def judged_by(self) -> Sequence[str]:
+        """Scores that the gate may look at."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        self.finetuning()
+        known, gate = self.judged_by(), self.gate
+        if gate.metric not in known:
+            raise ValueError(
+                f"gate.metric: {gate.metric!r} is no score of this pipeline; {suggest(gate.metric, known)}"
+            )
+        if not any(guard.examples == "other" for guard in gate.guards):
+            raise ValueError(
+                "gate.guards: none looks at the corpus; add one with examples: other, metric text_bits_per_byte,"
+                " direction: lower and the max_drop that is accepted"
+            )
+        for guard in gate.guards:
+            if guard.metric not in (choice := _GUARDED if guard.examples == "other" else known):
+                raise ValueError(f"gate.guards: {guard.metric!r} is no score there; {suggest(guard.metric, choice)}")
+            if guard.examples == "other" and guard.direction != "lower":
+                raise ValueError(f"gate.guards: {guard.metric} is a loss; set its direction to lower")
+        return self
+
     def check_local(self) -> None:
-        """See `Recipe.check_local`: the layout, precision and accelerator must be ones that this machine has."""
+        """See `Recipe.check_local`: layout, precision, accelerator and packages must be ones that this machine has."""
         from modelmill.components.finetuning.job import refuse_missing_packages
         from modelmill.components.training.launch import LocalLauncher
 
@@ -87,8 +96,70 @@ class FinetuningRecipe(Recipe):
     def headline(self) -> list[str]:
         return ["gate.candidate", "gate.reference", "gate.gain_lower", "gate.p_value", "gate.passed"]
 
-    def registration(self) -> RegisterConfig:
-        return RegisterConfig(**self.registry.model_dump(), recipe_name=self.name, recipe_hash=self.hash)
+    def merged(self, training: str, base: str, data: str) -> PlannedStep:
+        """The step that makes a whole model of what the training step gives."""
+        upstream = {"adapter": training, "data": data, "base": base}
+        return PlannedStep("merge_adapter", self.merging, f"{COMPONENTS}.finetuning.merge:merge_adapter", upstream)
+
+    def both(
+        self, name: str, config: BaseModel, function: str, models: dict[str, str], upstream: dict[str, str]
+    ) -> list[PlannedStep]:
+        """One step of the evaluation for each model; `models` maps a side's name to the step that makes it."""
+        module = f"{COMPONENTS}.evaluation.{function}"
+        return [
+            PlannedStep(f"{name}_{side}", config, module, {"model": model, **upstream})
+            for side, model in models.items()
+        ]
+
+    def decided(self, other: str, model: str, scores: str, data: str) -> list[PlannedStep]:
+        """Steps from the scores to the promotion.
+
+        Args:
+            other: what the tuned model must beat, as the steps' names call it.
+            model: step that fetches it.
+            scores: steps with the scores are named by this and the side.
+            data: step that prepared what was learnt.
+        """
+        kept = self.both(
+            "score_texts",
+            self.forgetting,
+            "texts:score_texts",
+            {other: model, "tuned": "merge_adapter"},
+            {"corpus": "ingest_corpus"},
+        )
+        judged = {"candidate": f"{scores}_tuned", "reference": f"{scores}_{other}"}
+        judged |= {"guard_candidate": "score_texts_tuned", "guard_reference": f"score_texts_{other}"}
+        registration = RegisterConfig(**self.registry.model_dump(), recipe_name=self.name, recipe_hash=self.hash)
+        return [
+            *kept,
+            PlannedStep("gate", self.gate, f"{COMPONENTS}.evaluation.gate:gate", judged),
+            PlannedStep(
+                "register_model",
+                registration,
+                f"{COMPONENTS}.registry.register:register_model",
+                {"model": "merge_adapter", "evaluation": "gate", "instructions": data},
+            ),
+            PlannedStep(
+                "promote",
+                self.promotion,
+                f"{COMPONENTS}.registry.promote:promote",
+                {"registration": "register_model", "gate": "gate"},
+            ),
+        ]
+
+
+class FinetuningRecipe(TuningRecipe):
+    """Sections of a tuning on instructions, judged by what both models write."""
+
+    instructions: InstructionsConfig = Field(description="What is learnt.")
+    generation: GenerateConfig = Field(default=GenerateConfig(), description="How both models answer.")
+    scores: GenerationScoresConfig = Field(default=GenerationScoresConfig(), description="How answers are scored.")
+    gate: GateConfig = Field(
+        default=default_gate("rougeL"), description="What the tuned model must show to be promoted."
+    )
+
+    def judged_by(self) -> Sequence[str]:
+        return [*self.scores.metrics, *(_BERTSCORE if self.scores.bertscore else ())]
 
     def prepared(self, base: str) -> list[PlannedStep]:
         """Steps up to the data, for the step that fetches the base."""
@@ -107,33 +178,15 @@ class FinetuningRecipe(Recipe):
         data = {"instructions": "prepare_instructions", "base": base}
         return [
             PlannedStep("finetune", self.finetuning(), f"{COMPONENTS}.finetuning.finetune:finetune", data),
-            PlannedStep(
-                "merge_adapter",
-                self.merging,
-                f"{COMPONENTS}.finetuning.merge:merge_adapter",
-                {"adapter": "finetune", **data},
-            ),
+            self.merged("finetune", base, "prepare_instructions"),
         ]
 
     def judged(self, other: str, model: str) -> list[PlannedStep]:
-        """Steps from both models to the promotion.
-
-        Args:
-            other: what the tuned model must beat, as the steps' names call it.
-            model: step that fetches it.
-        """
+        """Steps from both models to the promotion: see `decided`."""
         sides = {other: model, "tuned": "merge_adapter"}
-        texts = {"candidate": "score_tuned", "reference": f"score_{other}"}
-        kept = {"guard_candidate": "score_texts_tuned", "guard_reference": f"score_texts_{other}"}
-
-        def both(name: str, config: BaseModel, function: str, upstream: dict[str, str]) -> list[PlannedStep]:
-            module = f"{COMPONENTS}.evaluation.{function}"
-            return [
-                PlannedStep(f"{name}_{side}", config, module, {"model": sides[side], **upstream}) for side in sides
-            ]
-
+        data = "prepare_instructions"
         return [
-            *both("generate", self.generation, "generate:generate", {"instructions": "prepare_instructions"}),
+            *self.both("generate", self.generation, "generate:generate", sides, {"instructions": data}),
             *(
                 PlannedStep(
                     f"score_{side}",
@@ -143,18 +196,5 @@ class FinetuningRecipe(Recipe):
                 )
                 for side in sides
             ),
-            *both("score_texts", self.forgetting, "texts:score_texts", {"corpus": "ingest_corpus"}),
-            PlannedStep("gate", self.gate, f"{COMPONENTS}.evaluation.gate:gate", texts | kept),
-            PlannedStep(
-                "register_model",
-                self.registration(),
-                f"{COMPONENTS}.registry.register:register_model",
-                {"model": "merge_adapter", "evaluation": "gate", "instructions": "prepare_instructions"},
-            ),
-            PlannedStep(
-                "promote",
-                self.promotion,
-                f"{COMPONENTS}.registry.promote:promote",
-                {"registration": "register_model", "gate": "gate"},
-            ),
+            *self.decided(other, model, "score", data),
         ]

@@ -39,7 +39,7 @@ def merged(
 ) -> tuple[Manifest, dict[str, float]]:
     output.mkdir(parents=True)
     config = MergeConfig.model_validate(changes)
-    result = merge_adapter(config, output, adapter=adapter, instructions=instructions, base=model_manifest(base))
+    result = merge_adapter(config, output, adapter=adapter, data=instructions, base=model_manifest(base))
     counts = result.counts
     return Manifest.describe(output, kind=result.kind, counts=counts, metadata=result.metadata), result.metrics
 

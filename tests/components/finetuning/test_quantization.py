@@ -214,7 +214,7 @@ def merged(config: dict[str, str], tuned: Manifest, biased: Path, instructions: 
         MergeConfig.model_validate(config),
         output,
         adapter=tuned,
-        instructions=instructions,
+        data=instructions,
         base=model_manifest(biased),
     )
     return made, logits(AutoModelForCausalLM.from_pretrained(str(output / "model"), dtype=torch.float32).eval())
