@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-_INK = "#123456"  # a colour that occurs nowhere else, replaced by the page's own text colour
+from modelmill.components.evaluation.svg import INK, STYLE, svg
+
 _TRAIN, _VALIDATION = "#4c8bf5", "#e8710a"
 _BASELINES = {"bigram": "#12a067", "unigram": "#a66bd6"}
 _MAX_POINTS = 1000
-_STYLE: Any = {
-    "svg.hashsalt": "modelmill",
-    "svg.fonttype": "none",  # real text: smaller, searchable, and in the page's font
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _INK,
-    "grid.alpha": 0.12,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-}
 
 
 def curves(history: Sequence[Mapping[str, Any]], validation: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
@@ -62,7 +41,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], baselines: Mapping[str, flo
     Returns:
         An `<svg>` element.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _axes("loss (nats per token)")
         train = _series(history, "loss")
         validation = _series(history, "validation_loss")
@@ -73,21 +52,21 @@ def loss_curve(history: Sequence[Mapping[str, Any]], baselines: Mapping[str, flo
                 *zip(*validation, strict=True), color=_VALIDATION, marker="o", markersize=3.5, label="validation"
             )
         for name, loss in baselines.items():
-            axes.axhline(loss, color=_BASELINES.get(name, _INK), linestyle=(0, (5, 3)), label=f"{name} baseline")
+            axes.axhline(loss, color=_BASELINES.get(name, INK), linestyle=(0, (5, 3)), label=f"{name} baseline")
         figure.legend(loc="outside upper left", ncols=4)  # above the axes, where it hides no line
-        return _svg(figure, "Training and validation loss by step")
+        return svg(figure, "Training and validation loss by step")
 
 
 def learning_rate_curve(history: Sequence[Mapping[str, Any]]) -> str:
     """Learning rate by step, as an `<svg>` element."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _axes("learning rate", height=2.0)
         rates = _series(history, "learning_rate")
         if rates:
             axes.plot(*zip(*_thin(rates), strict=True), color=_TRAIN)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        return _svg(figure, "Learning rate by step")
+        return svg(figure, "Learning rate by step")
 
 
 def grad_norm_curve(history: Sequence[Mapping[str, Any]]) -> str:
@@ -96,16 +75,16 @@ def grad_norm_curve(history: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         An `<svg>` element.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _axes("gradient norm", height=2.4)
         axes.plot(*zip(*_thin(_series(history, "grad_norm")), strict=True), color=_TRAIN, label="gradient norm")
         if mean := _series(history, "grad_norm_mean"):
             axes.plot(*zip(*_thin(mean), strict=True), color=_VALIDATION, label="running mean")
         if skipped := [record["step"] for record in history if "skipped" in record]:
-            axes.plot(skipped, [0.0] * len(skipped), "x", color=_INK, label="update skipped", clip_on=False)
+            axes.plot(skipped, [0.0] * len(skipped), "x", color=INK, label="update skipped", clip_on=False)
         axes.set_ylim(bottom=0)
         figure.legend(loc="outside upper left", ncols=3)
-        return _svg(figure, "Gradient norm by step")
+        return svg(figure, "Gradient norm by step")
 
 
 def _axes(label: str, height: float = 3.4) -> tuple[Figure, Any]:
@@ -126,15 +105,3 @@ def _thin(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
     width = -(-len(points) // _MAX_POINTS)
     groups = [points[begin : begin + width] for begin in range(0, len(points), width)]
     return [(sum(p[0] for p in group) / len(group), sum(p[1] for p in group) / len(group)) for group in groups]
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """The figure without prologue, date or fixed size, in the colour of the text around it."""
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    head, _, body = text[text.index("<svg") :].partition(">")
-    start = head.index('viewBox="')
-    box = head[start : head.index('"', start + len('viewBox="')) + 1]
-    tag = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box}'
-    return f'{tag} role="img" aria-label="{title}">{body.replace(_INK, "currentColor").rstrip()}'
