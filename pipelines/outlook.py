@@ -92,7 +92,7 @@ def outlook(
         UserError: the device is not known.
     """
     model, training, packing = (getattr(recipe, name, None) for name in ("model", "training", "packing"))
-    if model is None or training is None or packing is None:
+    if training is None or packing is None or not hasattr(model, "num_parameters"):
         return None
     assumptions: list[str] = []
     model = _with_vocabulary(recipe, model, steps, assumptions)

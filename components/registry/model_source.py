@@ -14,7 +14,7 @@ from typing import Any
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
-from modelmill.components.core.mlflow_store import StoreUnavailable, connect, one_line
+from modelmill.components.core.mlflow_store import StoreUnavailable, connect, one_line, sqlite_path
 from modelmill.components.core.uri import local_path
 from modelmill.components.data.files import folder_state
 from modelmill.components.data.record_ids import RECORDS_FILE
@@ -132,6 +132,13 @@ def _registered(reference: str, parameter: str) -> Any:
         name, _, number = name.partition("/")
     if not name or not (alias or number.isdigit()):
         raise UserError(f"{parameter}: {reference!r} names no version; write models:/name@alias or models:/name/3")
+    uri = os.environ.get("MLFLOW_REGISTRY_URI") or Home.current().tracking_uri
+    embedded = sqlite_path(uri)
+    if embedded is not None and not embedded.exists():  # asking would make it
+        raise NoSuchVersion(
+            f"{parameter}: {reference} is not in the registry, which is empty; register a model under that name"
+            " first, or name another"
+        )
     try:
         client = connect(Home.current().tracking_uri)
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
