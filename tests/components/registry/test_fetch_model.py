@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.weights import weights_digest
-from modelmill.components.registry import model_source
 from modelmill.components.registry.config import FetchModelConfig
 from modelmill.components.registry.fetch_model import fetch_model
 
@@ -80,10 +79,7 @@ def test_before_the_first_champion_the_other_model_is_taken(folder: Path, tmp_pa
 def test_a_dead_registry_is_no_missing_champion(
     folder: Path, tmp_path: Path, home: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(uri: str) -> object:
-        raise model_source.StoreUnavailable("connection refused")
-
-    monkeypatch.setattr(model_source, "connect", broken)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens at the discard port
     with pytest.raises(UserError, match="cannot be used"):
         fetched(tmp_path, reference="models:/none@champion", otherwise=str(folder))
 
