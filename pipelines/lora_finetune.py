@@ -36,6 +36,7 @@ def lora_finetune(
     gate: str,
     register_model: str,
     promote: str,
+    mirror_to_sagemaker: str,
 ) -> None:
     """Wire prepare -> finetune -> merge -> generate and score, tuned and base -> gate -> register -> promote."""
     base = registry.fetch_model(section=fetch_model).outputs["manifest"]
@@ -59,4 +60,6 @@ def lora_finetune(
     ).outputs["manifest"]
 
     registered = _register_model(section=register_model, model=tuned, evaluation=judged, instructions=instructions)
-    registry.promote(section=promote, registration=registered.outputs["manifest"], gate=judged)
+    entry = registered.outputs["manifest"]
+    promotion = registry.promote(section=promote, registration=entry, gate=judged).outputs["manifest"]
+    registry.mirror_to_sagemaker(section=mirror_to_sagemaker, registration=entry, promotion=promotion)

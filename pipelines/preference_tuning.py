@@ -32,6 +32,7 @@ def preference_tuning(
     gate: str,
     register_model: str,
     promote: str,
+    mirror_to_sagemaker: str,
 ) -> None:
     """Wire prepare -> dpo -> merge -> score pairs and texts, tuned and base -> gate -> register -> promote."""
     base = registry.fetch_model(section=fetch_model).outputs["manifest"]
@@ -51,4 +52,6 @@ def preference_tuning(
         guard_reference=_score_texts_base(section=score_texts_base, model=base, corpus=corpus).outputs["manifest"],
     ).outputs["manifest"]
     registered = _register_model(section=register_model, model=tuned, evaluation=judged, instructions=preferences)
-    registry.promote(section=promote, registration=registered.outputs["manifest"], gate=judged)
+    entry = registered.outputs["manifest"]
+    promotion = registry.promote(section=promote, registration=entry, gate=judged).outputs["manifest"]
+    registry.mirror_to_sagemaker(section=mirror_to_sagemaker, registration=entry, promotion=promotion)

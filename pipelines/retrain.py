@@ -41,6 +41,7 @@ def retrain(
     gate: str,
     register_model: str,
     promote: str,
+    mirror_to_sagemaker: str,
     report_outcome: str,
 ) -> None:
     """Wire fetch -> prepare -> new? -> finetune -> merge -> generate and score -> gate -> register -> promote."""
@@ -73,4 +74,6 @@ def retrain(
             registered = _register_model(
                 section=register_model, model=tuned, evaluation=judged, instructions=instructions
             )
-            registry.promote(section=promote, registration=registered.outputs["manifest"], gate=judged)
+            entry = registered.outputs["manifest"]
+            promotion = registry.promote(section=promote, registration=entry, gate=judged).outputs["manifest"]
+            registry.mirror_to_sagemaker(section=mirror_to_sagemaker, registration=entry, promotion=promotion)

@@ -24,7 +24,13 @@ from modelmill.components.finetuning.config import (
     Method,
     QuantizationConfig,
 )
-from modelmill.components.registry.config import FetchModelConfig, PromoteConfig, RegisterConfig, RegistryConfig
+from modelmill.components.registry.config import (
+    FetchModelConfig,
+    MirrorConfig,
+    PromoteConfig,
+    RegisterConfig,
+    RegistryConfig,
+)
 from modelmill.components.training.config import TrainingConfig
 
 COMPONENTS = "modelmill.components"
@@ -54,6 +60,7 @@ class TuningRecipe(Recipe):
     gate: GateConfig = Field(description="What the tuned model must show to be promoted.")
     registry: RegistryConfig = Field(description="Where the tuned model is registered.")
     promotion: PromoteConfig = Field(default=PromoteConfig(), description="What a promotion says.")
+    mirror: MirrorConfig = Field(default=MirrorConfig(), description="Another registry that follows the promotions.")
 
     def finetuning(self) -> FinetuneConfig:
         """Section of the training step."""
@@ -144,6 +151,12 @@ class TuningRecipe(Recipe):
                 self.promotion,
                 f"{COMPONENTS}.registry.promote:promote",
                 {"registration": "register_model", "gate": "gate"},
+            ),
+            PlannedStep(
+                "mirror_to_sagemaker",
+                self.mirror,
+                f"{COMPONENTS}.registry.sagemaker_mirror:mirror_to_sagemaker",
+                {"registration": "register_model", "promotion": "promote"},
             ),
         ]
 
