@@ -55,9 +55,11 @@ def fetch_model(config: FetchModelConfig, output: Path) -> StepResult:
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     logger.info("%s%s: %.1f MB, weights %s", reference, found.version and f" {found.version}", size / 1e6, digest[:16])
     tracking.set_tags({"modelmill.base": reference, "modelmill.base_version": found.version})
-    counts = {name: settings[name] for name in ("vocab_size",) if isinstance(settings.get(name), int)}
+    counts, vocabulary = {"bytes": size}, settings.get("vocab_size")
+    if isinstance(vocabulary, int):
+        counts["vocab_size"] = vocabulary
     metadata = {"weights_digest": digest, "reference": reference, "version": found.version, "flavor": flavor}
-    return StepResult("model", counts={"bytes": size, **counts}, metadata=metadata)
+    return StepResult("model", counts=counts, metadata=metadata)
 
 
 def _find(config: FetchModelConfig, scratch: Path) -> tuple[str, FoundModel]:

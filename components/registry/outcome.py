@@ -44,8 +44,8 @@ def report_outcome(config: OutcomeConfig, output: Path, *, status: Mapping[str, 
     trouble = ""
     try:
         found = _found(config.name)
-    except UserError as error:
-        trouble = str(error)
+    except UserError as problem:
+        trouble = str(problem)
     state, error = str(status.get("state", "")), str(status.get("error", ""))[:_LONGEST]
     outcome = found.get("outcome") or UNCHANGED
     if state != "SUCCEEDED":
