@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from modelmill.components.core.recipe import Section
+from modelmill.components.forecasting.forecast_config import ChronosUseConfig
 
 SEASONAL_NAIVE = "seasonal-naive"
 BaselineName = Literal["auto-ets", "auto-arima", "theta", "lightgbm"]
@@ -44,6 +46,7 @@ class BacktestConfig(Section):
     metric: Literal["sql", "wql", "mase"] = Field(
         default="sql", description="What forecasters and series are ranked by; lower is better."
     )
+    use: ChronosUseConfig = Field(default=ChronosUseConfig(), description="How the model is run.")
     workers: int | None = Field(
         default=None, ge=1, description="Processes for statistical baselines at most; null: one a core."
     )
@@ -51,7 +54,7 @@ class BacktestConfig(Section):
     @field_validator("quantiles")
     @classmethod
     def _levels(cls, levels: list[float]) -> list[float]:
-        if not levels or levels[0] <= 0 or levels[-1] >= 1 or any(a >= b for a, b in zip(levels, levels[1:])):
+        if not levels or levels[0] <= 0 or levels[-1] >= 1 or any(a >= b for a, b in pairwise(levels)):
             raise ValueError(f"{levels} must rise and lie between 0 and 1; write such as [0.1, 0.5, 0.9]")
         if 0.5 not in levels:
             raise ValueError("0.5 is missing, and the point forecast with it; add it")

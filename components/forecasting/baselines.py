@@ -81,9 +81,7 @@ class Statistical:
         return np.stack(found) if found else np.empty((0, horizon, len(quantiles)))
 
 
-def _fit(
-    job: tuple[np.ndarray, int], *, name: str, horizon: int, quantiles: tuple[float, ...]
-) -> np.ndarray | str:
+def _fit(job: tuple[np.ndarray, int], *, name: str, horizon: int, quantiles: tuple[float, ...]) -> np.ndarray | str:
     """Quantiles of a series [horizon, quantiles], or why there are none."""
     from statsforecast import models
 

@@ -20,11 +20,10 @@ _RECENT = 12  # lags from 1 on
 _CALIBRATIONS = 4  # earlier origins that the errors are taken from, at most
 _ENOUGH = 20  # errors a step ahead before each step gets quantiles of its own
 _ROWS = 2_000_000  # points the model is fitted to at most
+_FEW = 20_000  # points below which trees are small, and one thread is faster than several
 _TREES: dict[str, Any] = {
     "n_estimators": 100,
-    "num_leaves": 31,
     "min_child_samples": 5,
-    "learning_rate": 0.1,
     "deterministic": True,
     "force_row_wise": True,
     "verbosity": -1,
@@ -33,7 +32,7 @@ _TREES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class GradientBoosting:
-    """LightGBM on the last points, those one and two seasons ago, and the mean of a season, fed with its own forecasts.
+    """LightGBM on the last points, those one and two seasons ago and a season's mean, fed with its own forecasts.
 
     Targets are changes over a season by their size, so that series of all sizes learn from each other and trends go
     on; the forecast of a series therefore depends on the other series of the call. Quantiles are split-conformal:
@@ -100,9 +99,10 @@ def _fitted(targets: list[np.ndarray], season: int) -> Any:
 
     points = sum(len(target) for target in targets)
     stride = -(-points // _ROWS)
+    shape: dict[str, Any] = {"num_leaves": 8, "n_jobs": 1} if points < _FEW else {"num_leaves": 31}
     lags = sorted({*range(1, _RECENT + 1), season, 2 * season})
     model = MLForecast(
-        models={"point": LGBMRegressor(**_TREES)},
+        models={"point": LGBMRegressor(**_TREES, **shape)},
         freq=1,
         lags=lags,
         lag_transforms={1: [RollingMean(window_size=max(season, 4), min_samples=1)]},

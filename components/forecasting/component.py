@@ -35,3 +35,20 @@ def synthesise_series(
 
     inputs = {"series": series.path} if series is not None else {}
     run_step(step, section, inputs, {"manifest": manifest.path, "report.html": report.path, "report.md": table.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def backtest(
+    section: str,
+    series: dsl.Input[dsl.Dataset],
+    manifest: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    table: dsl.Output[dsl.Markdown],
+    model: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 (kfp reads no `| None`)
+) -> None:
+    """Judge a model, or the best baseline, on rolling origins."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.forecasting.backtest import backtest as step
+
+    inputs = {"series": series.path} | ({"model": model.path} if model is not None else {})
+    run_step(step, section, inputs, {"manifest": manifest.path, "report.html": report.path, "report.md": table.path})

@@ -37,7 +37,8 @@ class SeasonalNaive:
 def _forecast(contexts: Sequence[Context], horizon: int, quantiles: Sequence[float]) -> np.ndarray:
     lengths = np.array([len(context.target) for context in contexts])
     seasons = np.array([context.season_length for context in contexts])
-    values, owner = np.concatenate([context.target for context in contexts]), np.repeat(np.arange(len(lengths)), lengths)
+    values = np.concatenate([context.target for context in contexts])
+    owner = np.repeat(np.arange(len(lengths)), lengths)
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(values))  # 1 for the last point of a series
     present = np.flatnonzero(~np.isnan(values))
     last = np.full(len(lengths), np.nan)
