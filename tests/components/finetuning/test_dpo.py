@@ -18,7 +18,7 @@ from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.instruction_rows import IGNORE
 from modelmill.components.data.preference_rows import PreferenceSource, open_preferences
-from modelmill.components.finetuning import causal_lm, dpo_objective, dpo_reference
+from modelmill.components.finetuning import dpo_objective, dpo_reference
 from modelmill.components.finetuning.dpo_config import PreferenceObjectiveConfig
 from modelmill.components.finetuning.dpo_objective import (
     PreferenceModel,
@@ -27,6 +27,7 @@ from modelmill.components.finetuning.dpo_objective import (
     sequence_log_probs,
     unpack_pairs,
 )
+from modelmill.components.training.pretrained import load_causal_lm
 from modelmill.components.training.schedule import learning_rate
 from tests.components.finetuning.preference_data import dpo_config, make_preferences, run
 from tests.components.finetuning.samples import ADAPTER, LENGTH, VOCAB, make_base
@@ -139,7 +140,7 @@ def test_log_probabilities_in_chunks_are_those_of_all_logits(chunk: int) -> None
 
 
 def test_padding_and_neighbours_change_nothing(exact: Path, preferences: Manifest) -> None:
-    model = PreferenceModel(causal_lm.load_model(exact, dtype=torch.float64)).eval()
+    model = PreferenceModel(load_causal_lm(exact, dtype=torch.float64, parameter="base")).eval()
     rows = open_preferences(preferences, "train")
     pairs = np.array([3, 11, 4])
     assert LENGTH // 8 <= rows.width(pairs) < LENGTH
@@ -153,7 +154,7 @@ def test_padding_and_neighbours_change_nothing(exact: Path, preferences: Manifes
     assert (targets != IGNORE).sum(2).tolist() == rows.targets[pairs].tolist()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 def test_an_adapter_begins_at_the_reference_and_is_told_with_its_rewards(
     llama: Path, preferences: Manifest, tmp_path: Path, method: str
 ) -> None:
@@ -177,6 +178,7 @@ def test_an_adapter_begins_at_the_reference_and_is_told_with_its_rewards(
     assert result.metadata["base_digest"] == weights_digest(llama)
     assert result.metadata["objective"] == dpo_config().objective.model_dump(mode="json")
     assert "pairs_per_second" in result.metrics
+    assert ("quantization" in result.metadata) == (method == "qlora")
 
 
 def test_the_margin_of_held_out_pairs_rises(llama: Path, preferences: Manifest, tmp_path: Path) -> None:
