@@ -154,7 +154,7 @@ class _Collector:
         tokens, masks = [ids[:longest] for ids in tokens], [mask[:longest] for mask in masks]
         if not all(mask[1:].any() for mask in masks):
             self.dropped["unlearnt"] += 1
-        elif np.array_equal(tokens[0], tokens[1]):  # what told them apart was cut off, or the tokenizer does not tell them apart
+        elif np.array_equal(tokens[0], tokens[1]):  # what differed was cut off or is no token
             self.dropped["equal_tokens"] += 1
         else:
             self.truncated += cut
