@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ class GradientBoosting:
             if len(target) >= 2 * context.season_length + 2 * horizon + 3 and np.ptp(target) > 0:
                 groups[context.season_length].append(place)
         for season, places in groups.items():
-            found[places] = _forecast([targets[place] for place in places], season, horizon, quantiles)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of features that a short series does not have yet
+                found[places] = _forecast([targets[place] for place in places], season, horizon, quantiles)
         return found
 
 

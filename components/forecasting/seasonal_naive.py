@@ -55,13 +55,16 @@ def _forecast(contexts: Sequence[Context], horizon: int, quantiles: Sequence[flo
 def _deviations(values: np.ndarray, owner: np.ndarray, lengths: np.ndarray, seasons: np.ndarray) -> np.ndarray:
     """Root mean square of the changes over a season, or from point to point where there is none of them; [series]."""
     at = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    size = np.zeros(len(lengths))
+    np.fmax.at(size, owner, np.abs(values))  # squares of very large or small numbers would be infinite or 0
+    size[size == 0] = 1.0
     found = np.full(len(lengths), np.nan)
     for lags in (seasons, np.ones_like(seasons)):
         rows = np.flatnonzero((at >= lags[owner]) & np.isnan(found)[owner])
-        squares = (values[rows] - values[rows - lags[owner[rows]]]) ** 2
+        squares = ((values[rows] - values[rows - lags[owner[rows]]]) / size[owner[rows]]) ** 2
         present = ~np.isnan(squares)
         owners = owner[rows][present]
         counts = np.bincount(owners, minlength=len(lengths))
         sums = np.bincount(owners, squares[present], minlength=len(lengths))
         found = np.where(counts > 0, np.sqrt(sums / np.maximum(counts, 1)), found)
-    return np.nan_to_num(found)
+    return np.nan_to_num(found) * size
