@@ -52,3 +52,35 @@ def backtest(
 
     inputs = {"series": series.path} | ({"model": model.path} if model is not None else {})
     run_step(step, section, inputs, {"manifest": manifest.path, "report.html": report.path, "report.md": table.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def forecast(
+    section: str,
+    series: dsl.Input[dsl.Dataset],
+    model: dsl.Input[dsl.Model],
+    manifest: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+    table: dsl.Output[dsl.Markdown],
+) -> None:
+    """Forecast what follows every series."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.forecasting.forecast import forecast as step
+
+    outputs = {"manifest": manifest.path, "report.html": report.path, "report.md": table.path}
+    run_step(step, section, {"series": series.path, "model": model.path}, outputs)
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def train_chronos(
+    section: str,
+    series: dsl.Input[dsl.Dataset],
+    manifest: dsl.Output[dsl.Model],
+    base: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 (kfp reads no `| None`)
+) -> None:
+    """Train a new Chronos on series, or tune a given one."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.forecasting.train_chronos import train_chronos as step
+
+    inputs = {"series": series.path} | ({"base": base.path} if base is not None else {})
+    run_step(step, section, inputs, {"manifest": manifest.path})
