@@ -27,10 +27,11 @@ from modelmill.components.forecasting.backtest_report import write_report
 from modelmill.components.forecasting.backtest_summary import Summary, drawn_series, summarise
 from modelmill.components.forecasting.baselines import baselines_of
 from modelmill.components.forecasting.evaluate import Evaluation, evaluate
+from modelmill.components.forecasting.forecast_config import ChronosUseConfig
 from modelmill.components.forecasting.forecaster import Forecaster
 from modelmill.components.forecasting.metrics import METRICS
 from modelmill.components.forecasting.series_table import SeriesTable, open_series
-from modelmill.components.forecasting.windows import WindowPlan, stamps
+from modelmill.components.forecasting.windows import WindowPlan, rolling_windows, stamps
 
 logger = logging.getLogger("modelmill")
 TABLE, RECORD = "scores.parquet", "backtest.json"
@@ -59,9 +60,9 @@ def backtest(config: BacktestConfig, output: Path, *, series: Manifest, model: M
     """
     table = open_series(series)
     plan = plan_of(config, table)
-    forecasters = [*baselines_of(config), *([] if model is None else [_forecaster(model, config)])]
+    forecasters = [*baselines_of(config), *([] if model is None else [opened(model, config.use)])]
     with tempfile.TemporaryDirectory(dir=output, prefix=".forecasts") as folder:
-        found = evaluate(table, plan, forecasters, config.quantiles, Path(folder))
+        found = evaluate(rolling_windows(table, plan), plan.horizon, forecasters, config.quantiles, Path(folder))
         scored = _scored(found, table, plan)
         chosen = config.candidate if model is None else forecasters[-1].name
         summary = summarise(found, len(table), config.metric, chosen)
@@ -113,11 +114,12 @@ def plan_of(config: BacktestConfig, table: SeriesTable) -> WindowPlan:
     return plan
 
 
-def _forecaster(model: Manifest, config: BacktestConfig) -> Forecaster:
+def opened(model: Manifest, use: ChronosUseConfig) -> Forecaster:
+    """The forecaster of a manifest."""
     # Imported here, so that a backtest of baselines does not need chronos-forecasting.
     from modelmill.components.forecasting.forecast_model import open_forecaster
 
-    return open_forecaster(model, config.use)
+    return open_forecaster(model, use)
 
 
 def _scored(found: Evaluation, table: SeriesTable, plan: WindowPlan) -> np.ndarray:

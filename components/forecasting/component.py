@@ -84,3 +84,19 @@ def train_chronos(
 
     inputs = {"series": series.path} | ({"base": base.path} if base is not None else {})
     run_step(step, section, inputs, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def benchmark(
+    section: str,
+    manifest: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    table: dsl.Output[dsl.Markdown],
+    model: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 (kfp reads no `| None`)
+) -> None:
+    """Judge a model on the tasks of a public benchmark."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.forecasting.benchmark import benchmark as step
+
+    inputs = {"model": model.path} if model is not None else {}
+    run_step(step, section, inputs, {"manifest": manifest.path, "report.html": report.path, "report.md": table.path})

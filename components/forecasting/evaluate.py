@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +13,7 @@ from modelmill.components.core import events
 from modelmill.components.forecasting.forecaster import Forecaster
 from modelmill.components.forecasting.metrics import METRICS, Errors, intervals, mean_of_present, seasonal_errors
 from modelmill.components.forecasting.seasonal_naive import SeasonalNaive
-from modelmill.components.forecasting.series_table import SeriesTable
-from modelmill.components.forecasting.windows import Window, WindowPlan, rolling_windows
+from modelmill.components.forecasting.windows import Window
 
 _LARGEST = 1e300  # errors of larger forecasts would overflow
 
@@ -94,6 +93,8 @@ def forecast_window(
 ) -> tuple[np.ndarray, int]:
     """Forecasts of a window, Seasonal Naive's where the forecaster has none or not a finite one.
 
+    A series without a point before its origin, which only some benchmarks have, is forecast as 0.
+
     Returns:
         float64 [items, horizon, quantiles], and how many series Seasonal Naive stood in for.
 
@@ -106,18 +107,19 @@ def forecast_window(
         raise ValueError(f"{forecaster.name} returned forecasts of shape {found.shape}, not {wanted}")
     failed = np.flatnonzero(~(np.abs(found) < _LARGEST).all((1, 2)))
     if len(failed):
-        found[failed] = SeasonalNaive().predict([window.contexts[place] for place in failed], horizon, levels)
+        naive = SeasonalNaive().predict([window.contexts[place] for place in failed], horizon, levels)
+        found[failed] = np.nan_to_num(naive)
     return found, len(failed)
 
 
 def evaluate(
-    table: SeriesTable, plan: WindowPlan, forecasters: Sequence[Forecaster], levels: Sequence[float], folder: Path
+    windows: Iterable[Window], horizon: int, forecasters: Sequence[Forecaster], levels: Sequence[float], folder: Path
 ) -> Evaluation:
-    """Forecast and score every window of every series.
+    """Forecast and score windows.
 
     Args:
-        table: series.
-        plan: where the windows lie.
+        windows: such as `rolling_windows` gives, at least one.
+        horizon: their steps.
         forecasters: at least one.
         levels: of the quantiles, rising, 0.5 among them.
         folder: existing; takes the forecasts, one file a forecaster and window.
@@ -126,14 +128,14 @@ def evaluate(
     judged = [
         Judged(
             forecaster.name,
-            losses=np.zeros((2, plan.horizon)),
+            losses=np.zeros((2, horizon)),
             below=np.zeros(len(levels), np.int64),
             covered=np.zeros(pairs, np.int64),
         )
         for forecaster in forecasters
     ]
     items, numbers, origins, actual, skipped, observed = [], [], [], [], 0, 0
-    for window in rolling_windows(table, plan):
+    for window in windows:
         items.append(window.items)
         numbers.append(np.full(len(window.items), window.number))
         origins.append(window.origins)
@@ -142,11 +144,11 @@ def evaluate(
         observed += int((~np.isnan(window.actual)).sum())
         if not len(window.items):
             continue
-        scale = seasonal_errors([context.target for context in window.contexts], window.season_lengths)
+        scale = seasonal_errors([context.target for context in window.contexts], window.scale_seasons)
         for forecaster, found in zip(forecasters, judged, strict=True):
-            events.progress(f"window {window.number + 1} of {plan.windows}: {forecaster.name}")
+            events.progress(f"window {window.number + 1}: {forecaster.name}")
             began = time.monotonic()
-            forecast, failures = forecast_window(forecaster, window, plan.horizon, levels)
+            forecast, failures = forecast_window(forecaster, window, horizon, levels)
             found.seconds += time.monotonic() - began
             found.fallbacks += failures
             _add(found, Errors(window.actual, forecast, levels, scale))

@@ -66,6 +66,7 @@ class Window:
         contexts: what may be seen of each before its origin.
         actual: what came, float64 [n, horizon], nan where missing.
         skipped: series left out: too short, nothing before the origin or nothing in the window.
+        scale_seasons: seasons over which the changes are taken that errors are scaled by, int64 [n].
     """
 
     number: int
@@ -74,10 +75,7 @@ class Window:
     contexts: list[Context]
     actual: np.ndarray
     skipped: int
-
-    @property
-    def season_lengths(self) -> np.ndarray:
-        return np.array([context.season_length for context in self.contexts], np.int64)
+    scale_seasons: np.ndarray
 
 
 def rolling_windows(table: SeriesTable, plan: WindowPlan) -> Iterator[Window]:
@@ -96,7 +94,8 @@ def rolling_windows(table: SeriesTable, plan: WindowPlan) -> Iterator[Window]:
             actual.append(came)
         numbers = np.array(items, np.int64)
         shaped = np.stack(actual) if actual else np.empty((0, plan.horizon))
-        yield Window(number, numbers, origins[numbers], contexts, shaped, len(table) - len(items))
+        skipped, seasons = len(table) - len(items), table.season_lengths[numbers]
+        yield Window(number, numbers, origins[numbers], contexts, shaped, skipped, seasons)
 
 
 def stamps(table: SeriesTable, items: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from modelmill.components.forecasting.baselines import baselines_of
 from modelmill.components.forecasting.evaluate import Evaluation, evaluate
 from modelmill.components.forecasting.forecaster import Forecaster
 from modelmill.components.forecasting.series_table import SeriesTable
-from modelmill.components.forecasting.windows import WindowPlan
+from modelmill.components.forecasting.windows import WindowPlan, rolling_windows
 
 from .backtests import LEVELS, Last, points, seasonal, series_manifest, series_table, write_series
 from .conftest import Produce
@@ -112,7 +112,7 @@ def test_metrics_equal_those_of_fev_on_the_same_forecasts(produce: Produce, tmp_
     plan = WindowPlan(horizon=4, windows=3, step=3, min_context=2)
     spool = tmp_path / "spool"
     spool.mkdir()
-    forecast = evaluate(table, plan, baselines_of(config(baselines=["theta"])), LEVELS, spool)
+    forecast = evaluate(rolling_windows(table, plan), 4, baselines_of(config(baselines=["theta"])), LEVELS, spool)
     assert 0 < forecast.skipped < 3, "one series is too short for some windows"
     for judged in forecast.judged:
         arrays = [np.load(judged.files[number]) for number in range(3)]
@@ -169,7 +169,7 @@ def test_a_spike_in_the_future_changes_no_forecast(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         table = series_table(tmp_path, targets)
-        found.append(forecasts(evaluate(table, plan, [*forecasters, Last()], LEVELS, folder)))
+        found.append(forecasts(evaluate(rolling_windows(table, plan), 3, [*forecasters, Last()], LEVELS, folder)))
     usual, last, both = found
     for name, forecast in usual.items():
         np.testing.assert_array_equal(last[name], forecast)
