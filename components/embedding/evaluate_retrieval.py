@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
+from modelmill.components.core.model_folder import digest_of, model_folder
 from modelmill.components.core.step import StepResult
 from modelmill.components.embedding.config import RetrievalConfig
 from modelmill.components.embedding.pairs import read_pairs, track_pairs
 from modelmill.components.embedding.retrieval import Found, Held, rank, score
-from modelmill.components.evaluation.model_folder import digest_of, model_folder
 from modelmill.components.evaluation.records import SCORES_FILE, write_scores
 
 logger = logging.getLogger("modelmill")

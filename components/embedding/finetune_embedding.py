@@ -15,10 +15,10 @@ from typing import Any
 from modelmill.components.core import tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.model_folder import digest_of, model_folder
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.embedding.config import CONTRASTIVE, EmbeddingTrainingConfig
 from modelmill.components.embedding.pairs import read_pairs, track_pairs
-from modelmill.components.evaluation.model_folder import digest_of, model_folder
 from modelmill.components.training.config import ParallelConfig, TrainingConfig
 from modelmill.components.training.journal import track_outcome
 from modelmill.components.training.launch import Launcher, LocalLauncher, TrainingJob, TrainingResult

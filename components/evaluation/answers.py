@@ -9,10 +9,10 @@ import numpy as np
 from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
+from modelmill.components.core.model_folder import digest_of, model_folder
 from modelmill.components.core.step import StepResult
 from modelmill.components.evaluation.config import AnswerScoresConfig
 from modelmill.components.evaluation.likelihood_scores import Losses, write_losses
-from modelmill.components.evaluation.model_folder import digest_of, model_folder
 from modelmill.components.evaluation.prepared import ChosenConversations, choose_conversations
 
 

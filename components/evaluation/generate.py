@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
+from modelmill.components.core.model_folder import digest_of, model_folder
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.data.instruction_prompts import Prompt, read_prompts
 from modelmill.components.evaluation.batching import batches, evenly
 from modelmill.components.evaluation.config import GenerateConfig
-from modelmill.components.evaluation.model_folder import digest_of, model_folder
 from modelmill.components.evaluation.prepared import choose_conversations
 from modelmill.components.evaluation.records import GENERATIONS_FILE, Generation, write_generations
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.model_folder import model_folder
 from modelmill.components.core.step import StepResult
 from modelmill.components.data.loader import open_rows
 from modelmill.components.evaluation.baselines import KneserNeyBigram, UnigramModel, row_losses
 from modelmill.components.evaluation.config import EvaluationConfig
-from modelmill.components.evaluation.model_folder import model_folder
 from modelmill.components.evaluation.report import render_report, verdict
 
 logger = logging.getLogger("modelmill")

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.evaluation.config import ModelUseConfig
+from modelmill.components.training.pretrained import load_causal_lm
 
-_LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+_DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -65,37 +64,13 @@ def load_language_model(folder: Path, config: ModelUseConfig) -> LanguageModel:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is not in this machine; use auto or cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    transformers.logging.disable_progress_bar()
-    try:
-        settings = AutoConfig.from_pretrained(str(folder), **_LOCAL)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=settings,
-            dtype=_dtype(getattr(settings, "dtype", None) or torch.float32, config.precision, device),
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-            **_LOCAL,
-        )
-    except Exception as error:  # transformers raises whatever its parts do
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"model: {folder} cannot be loaded ({reason}); use another model") from None
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"model: {folder} lacks tensor {missing[0]} ({len(missing)} in all), which would be random; copy it again"
-        )
+    narrow = None if config.precision == "auto" and device != "cpu" else _DTYPES[config.precision]
+    model = load_causal_lm(folder, dtype=narrow, parameter="model")
     with memory_explained():
         model = model.to(device).eval()
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     return LanguageModel(model, positions, {"logits_to_keep": 1} if keeps else {})
-
-
-def _dtype(stored: torch.dtype, precision: str, device: str) -> torch.dtype:
-    if stored == torch.float64 or (precision == "auto" and device != "cpu"):
-        return stored
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 @contextmanager

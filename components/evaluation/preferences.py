@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
+from modelmill.components.core.model_folder import digest_of, model_folder
 from modelmill.components.core.step import StepResult
 from modelmill.components.data.chat_template import open_template
 from modelmill.components.data.conversations import Message
 from modelmill.components.data.preference_rows import PreferenceRows, open_preferences, read_pairs
 from modelmill.components.data.tokenizer_files import load_tokenizer
 from modelmill.components.evaluation.batching import evenly
-from modelmill.components.evaluation.model_folder import digest_of, model_folder
 from modelmill.components.evaluation.preference_config import PreferenceScoresConfig
 from modelmill.components.evaluation.records import SCORES_FILE, write_scores
 from modelmill.components.evaluation.resampling import bootstrap_interval

@@ -10,13 +10,13 @@ import numpy as np
 from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
+from modelmill.components.core.model_folder import digest_of, model_folder
 from modelmill.components.core.step import StepResult
 from modelmill.components.data.documents import read_documents
 from modelmill.components.data.tokenizer_files import TokenizerFiles, load_tokenizer
 from modelmill.components.evaluation.batching import evenly
 from modelmill.components.evaluation.config import TextScoresConfig
 from modelmill.components.evaluation.likelihood_scores import Losses, write_losses
-from modelmill.components.evaluation.model_folder import digest_of, model_folder
 
 if TYPE_CHECKING:
     from modelmill.components.evaluation.likelihood import Window

@@ -12,8 +12,7 @@ from typing import Any
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
-from modelmill.components.core.uri import local_path
-from modelmill.components.core.weights import weights_digest
+from modelmill.components.core.model_folder import proven_folder
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,7 @@ def open_base(model: Manifest, parameter: str = "base") -> Base:
     Raises:
         UserError: it holds no model, or its weights are not those its step wrote.
     """
-    names = [entry.path for entry in model.files if entry.path.startswith("model/")]
-    if not names:
-        raise UserError(
-            f"{parameter}: {model.uri} holds no model/ folder; give the output of a step that makes a model"
-        )
-    for name in names:
-        model.path(name)
-    folder = local_path(model.uri).absolute() / "model"
-    digest = weights_digest(folder)
-    told = str(model.metadata.get("weights_digest", digest))
-    if told != digest:
-        raise UserError(
-            f"{parameter}: the weights in {folder} have the digest {digest[:16]}, the step that made them wrote"
-            f" {told[:16]}; delete its folder and run again"
-        )
+    folder, digest = proven_folder(model, parameter)
     return Base(folder, digest, str(model.metadata.get("reference") or f"sha256:{digest[:16]}"))
 
 

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers under our training loop: loading, its loss without logits, packed rows.
+"""Any causal language model of transformers under our training loop: its loss without logits, packed rows.
 
 What the loop calls is the model's trunk up to the last hidden states; the head is `loss.linear_cross_entropy`. Packed
 conversations are kept apart by positions that begin anew with each of them: from those transformers builds the mask of
@@ -8,20 +8,15 @@ layers keep conversations apart, is tried out on the loaded model and not looked
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.data.instruction_rows import InstructionBatch, InstructionRows, InstructionSource
 from modelmill.components.training.loss import linear_cross_entropy
 
-_LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 _TRIAL_TOKENS = 6
 _TRIAL_TOLERANCE = 2e-2  # of the largest logit or state: far above rounding in bf16, far below another model
 
@@ -75,60 +70,6 @@ def last_hidden_states(model: PreTrainedModel, tokens: Tensor, positions: Tensor
     """Outputs [b, T, hidden] of a model's last norm; conversations are told apart by `positions` [b, T]."""
     output = model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)
     return output.last_hidden_state
-
-
-def load_model(
-    folder: Path | str, *, dtype: torch.dtype | None, attention: str = "sdpa", **options: Any
-) -> PreTrainedModel:
-    """Load a causal language model on the CPU from safetensors; code that comes with a model is never run.
-
-    Args:
-        folder: a Hugging Face folder.
-        dtype: of the parameters; None keeps the checkpoint's. A checkpoint in fp64 is never narrowed.
-        attention: `sdpa` or `eager`, as transformers calls them.
-        options: of `from_pretrained`.
-
-    Raises:
-        UserError: the folder holds no causal language model that transformers implements, or is damaged.
-    """
-    transformers.logging.disable_progress_bar()
-    try:
-        config = _read_config(folder)
-        stored = _dtype_of(config)
-        wanted = stored if dtype is None or stored == torch.float64 else dtype
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=wanted,
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-            **_LOCAL,
-            **options,
-        )
-    except Exception as error:  # transformers raises whatever its parts do
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"finetune.base: {folder} cannot be loaded ({reason}); use another model") from None
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"finetune.base: {folder} lacks tensor {missing[0]} ({len(missing)} in all), which would be random;"
-            " copy it again"
-        )
-    return model
-
-
-def stored_dtype(folder: Path | str) -> torch.dtype:
-    """The precision that a model's `config.json` names for its files."""
-    return _dtype_of(_read_config(folder))
-
-
-def _read_config(folder: Path | str) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(str(folder), **_LOCAL)
-
-
-def _dtype_of(config: PretrainedConfig) -> torch.dtype:
-    return getattr(config, "dtype", None) or torch.float32
 
 
 @torch.no_grad()

@@ -134,10 +134,10 @@ def _merge(
     import torch
 
     from modelmill.components.finetuning.adapters import load_adapter, merge
-    from modelmill.components.finetuning.causal_lm import load_model, stored_dtype
+    from modelmill.components.training.pretrained import load_causal_lm, stored_dtype
 
     if rounding is None:
-        model = load_model(base.folder, dtype=torch.float32)
+        model = load_causal_lm(base.folder, dtype=torch.float32, parameter="base")
     else:
         from modelmill.components.finetuning.quantization import load_as_rounded
 
@@ -153,7 +153,7 @@ def _merge(
         parameter.data = parameter.data.to(stored)
     model.save_pretrained(str(folder))
     del model
-    again = load_model(folder, dtype=torch.float32)
+    again = load_causal_lm(folder, dtype=torch.float32, parameter="merge")
     differences["stored_difference"] = _difference(_logits(again, batch), expected, largest)
     if stored == precision:
         _refuse(differences["stored_difference"], config, "stored")

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.finetuning import causal_lm
 from modelmill.components.finetuning.config import QuantizationConfig
+from modelmill.components.training.pretrained import load_causal_lm, stored_dtype
 
 _DEVICES = ("cpu", "cuda")
 
@@ -44,7 +44,7 @@ def load_quantized(
 
     Raises:
         UserError: the device has no kernels, the weights are fp64, the model has no layer to quantise, or
-            `causal_lm.load_model` refuses the folder.
+            `load_causal_lm` refuses the folder.
     """
     if device.type not in _DEVICES:
         raise UserError(
@@ -58,11 +58,16 @@ def load_quantized(
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_quant_storage=torch.bfloat16,
     )
-    if causal_lm.stored_dtype(folder) == torch.float64:
+    if stored_dtype(folder) == torch.float64:
         raise UserError(f"finetune.method: {folder} holds fp64 weights, which qlora would narrow twice; use lora")
     # Left out, transformers takes a GPU for the device map, even where the run was told to use the CPU.
-    model = causal_lm.load_model(
-        folder, dtype=dtype, attention=attention, quantization_config=options, device_map={"": device}
+    model = load_causal_lm(
+        folder,
+        dtype=dtype,
+        parameter="finetune.base",
+        attention=attention,
+        quantization_config=options,
+        device_map={"": device},
     )
     layers = list(four_bit_layers(model))
     if not layers:

@@ -19,6 +19,7 @@ from modelmill.components.finetuning.causal_lm import SupervisedModel
 from modelmill.components.finetuning.config import AdapterConfig, QuantizationConfig
 from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.pretrained import load_causal_lm
 
 _CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def load(
             folder, config, compute=compute, dtype=dtype, attention=attention, device=device
         )
     else:
-        model = causal_lm.load_model(folder, dtype=dtype, attention=attention)
+        model = load_causal_lm(folder, dtype=dtype, parameter="finetune.base", attention=attention)
     causal_lm.check_model(model, packed=packed)
     if method == "full":
         return model, []

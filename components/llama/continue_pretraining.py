@@ -7,9 +7,8 @@ from pathlib import Path
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.model_folder import proven_folder
 from modelmill.components.core.step import StepResult, step_options
-from modelmill.components.core.uri import local_path
-from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.record_ids import RECORDS_FILE, known_records, record_ids
 from modelmill.components.llama.config import ContinueConfig, LlamaConfig
 from modelmill.components.llama.pretrain import launch_training
@@ -43,7 +42,7 @@ def continue_pretraining(
     Raises:
         UserError: the base is no Llama that this decoder implements or was altered, or as `pretrain`.
     """
-    folder = _verified(base)
+    folder, digest = proven_folder(base, "base")
     architecture = LlamaConfig.from_huggingface(_settings(folder))
     check_run(architecture, config.training, tokens)
     result = launch_training(
@@ -55,23 +54,10 @@ def continue_pretraining(
         **result.metadata,
         "method": "pretraining",
         "base": str(base.metadata.get("reference", "")),
-        "base_digest": base.metadata["weights_digest"],
+        "base_digest": digest,
         "dataset_digest": tokens.digest,
     }
     return StepResult(kind="model", counts=result.counts, metrics=result.metrics, metadata=metadata)
-
-
-def _verified(base: Manifest) -> Path:
-    for entry in base.files:
-        base.path(entry.path)
-    folder = local_path(base.uri).absolute() / "model"
-    found, told = weights_digest(folder), str(base.metadata.get("weights_digest", ""))
-    if found != told:
-        raise UserError(
-            f"base: the weights in {folder} have the digest {found[:16]}, the step that made them wrote {told[:16]};"
-            " delete its folder and run again"
-        )
-    return folder
 
 
 def _settings(folder: Path) -> dict[str, object]:

@@ -29,7 +29,7 @@ class PreferenceTuningRecipe(TuningRecipe):
         default=PreferenceScoresConfig(), description="How held-out pairs are scored."
     )
     gate: GateConfig = Field(
-        default=default_gate("preferred"), description="What the tuned model must show to be promoted."
+        default=default_gate("margin_per_token"), description="What the tuned model must show to be promoted."
     )
 
     def judged_by(self) -> Sequence[str]:

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks._finetuning_peers PEER MODE FOLDER STEPS
 
-PEER is `ours`, `trl_padded` or `trl_bfd`, or to check the losses `ours_as_trl_padded` or `ours_as_trl_bfd`, which
-learns from the conversations that the other one said it had in each step. MODE is `check` or `turns` of
+PEER is `ours`, `trl_padded`, `trl_bfd` or `trl_bfd_by_row`, or to check the losses `ours_as_` and the name of one of
+TRL's, which learns from the conversations that the other one said it had in each step. MODE is `check` or `turns` of
 `_turns.measure`. A timed peer leaves the tokens of each of its steps in FOLDER.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from modelmill.components.data.instruction_packing import place_items
 from modelmill.components.data.instruction_rows import IGNORE, InstructionBatch, InstructionRows, open_instructions
 from modelmill.components.finetuning.config import AdapterConfig
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.pretrained import load_causal_lm
 from tests.benchmarks._turns import Losses, Records, measure
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from modelmill.components.training.feed import WeightedBatches
 
-LENGTH, ROWS, CONVERSATIONS = 256, 4, 16  # a packed row, packed rows and padded conversations of a step
+ROW, ROWS, CONVERSATIONS = 512, 2, 8  # tokens of a packed row; packed rows and padded conversations of a step
 SEED = 1
 ADAPTER = AdapterConfig(rank=16, alpha=32.0)
 Conversation = tuple[list[int], list[int]]
@@ -89,12 +90,12 @@ class TheirBatches:
 
 
 def _packed(conversations: Sequence[Conversation]) -> np.ndarray:
-    """Rows [b, 3, LENGTH] as the loop takes them; every conversation keeps to itself."""
+    """Rows [b, 3, ROW - 1] as the loop takes them; every conversation keeps to itself."""
     from modelmill.components.finetuning.causal_lm import stack_rows
 
     lengths = np.array([len(ids) for ids, _ in conversations])
-    rows, starts, count = place_items(lengths, LENGTH + 1, seed=0)
-    tokens = np.zeros((count, LENGTH + 1), np.int64)
+    rows, starts, count = place_items(lengths, ROW, seed=0)
+    tokens = np.zeros((count, ROW), np.int64)
     labels = np.full_like(tokens, IGNORE)
     documents = np.full_like(tokens, len(conversations))
     for number, (ids, learnt) in enumerate(conversations):
@@ -134,14 +135,14 @@ def run_ours(folder: Path, steps: int, records: Records, *, like: str | None = N
         records.loss(loss)
         return loss
 
-    model = causal_lm.load_model(folder / "model", dtype=torch.float32)
+    model = load_causal_lm(folder / "model", dtype=torch.float32, parameter="base")
     adapters.add_adapters(model, ADAPTER, dora=False, seed=SEED)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         loop = TrainingLoop(
             model=causal_lm.SupervisedModel(model),
             objective=objective,
-            data=TrainingData(batches, np.empty((0, 3, LENGTH), np.int64), np.empty(0, np.int64)),
+            data=TrainingData(batches, np.empty((0, 3, ROW - 1), np.int64), np.empty(0, np.int64)),
             config=config,
             ranks=RankContext(0, 1, Mesh(), torch.device("cpu"), CPU(), StopSignal(1), scratch),
             checkpoints=Checkpoints(scratch / "checkpoints", digest="", keep=1, rank=0, world_size=1),
@@ -151,7 +152,8 @@ def run_ours(folder: Path, steps: int, records: Records, *, like: str | None = N
         loop.run()
 
 
-def run_trl(folder: Path, steps: int, records: Records, *, packing: bool) -> None:
+def run_trl(folder: Path, steps: int, records: Records, *, packing: bool, passes: int = 1) -> None:
+    """TRL's trainer; a step takes all of its rows together, or one of `passes` parts after the other."""
     import torch
     from datasets import Dataset
     from peft import PeftModel
@@ -161,7 +163,7 @@ def run_trl(folder: Path, steps: int, records: Records, *, packing: bool) -> Non
     from modelmill.components.training.optimizer import make_optimizer
     from modelmill.components.training.schedule import learning_rate
 
-    config = training_config(steps)
+    config, size = training_config(steps), ROWS if packing else CONVERSATIONS
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
     optimizer = make_optimizer(model, config)
@@ -172,19 +174,25 @@ def run_trl(folder: Path, steps: int, records: Records, *, packing: bool) -> Non
     columns = {"input_ids": [ids for ids, _ in conversations], "labels": [labels for _, labels in conversations]}
 
     class Recording(SFTTrainer):
+        parts: ClassVar[list[Tensor]] = []
+
         def compute_loss(self, *arguments: Any, **options: Any) -> Any:
             loss = super().compute_loss(*arguments, **options)
-            records.loss(loss)
+            self.parts.append(loss.detach())
+            if len(self.parts) == passes:
+                records.loss(torch.stack(self.parts).sum())
+                self.parts.clear()
             return loss
 
     with tempfile.TemporaryDirectory() as name:
         arguments = SFTConfig(
             output_dir=name,
             max_steps=steps,
-            max_length=LENGTH,
+            max_length=ROW,
             packing=packing,
             packing_strategy="bfd",
-            per_device_train_batch_size=ROWS if packing else CONVERSATIONS,
+            per_device_train_batch_size=size // passes,
+            gradient_accumulation_steps=passes,
             gradient_checkpointing=False,
             bf16=False,
             max_grad_norm=config.clip_norm,
@@ -204,11 +212,11 @@ def run_trl(folder: Path, steps: int, records: Records, *, packing: bool) -> Non
             processing_class=AutoTokenizer.from_pretrained(str(folder / "tokenizer")),
             optimizers=(optimizer, scheduler),
         )
-        size, rows = arguments.per_device_train_batch_size, trainer.train_dataset
+        rows = trainer.train_dataset
         batches = [
             [_parts(row) for row in rows.select(range(step * size, step * size + size))] for step in range(steps)
         ]
-        peer = "trl_bfd" if packing else "trl_padded"
+        peer = "trl_padded" if not packing else "trl_bfd" if passes == 1 else "trl_bfd_by_row"
         _leave(folder, peer, [sum(len(ids) for row in batch for ids, _ in row) for batch in batches])
         if isinstance(records, Losses):
             steps_of = [[conversation for row in batch for conversation in row] for batch in batches]
@@ -233,8 +241,10 @@ RUNNERS: dict[str, Callable[[Path, int, Records], None]] = {
     "ours": run_ours,
     "trl_padded": partial(run_trl, packing=False),
     "trl_bfd": partial(run_trl, packing=True),
+    "trl_bfd_by_row": partial(run_trl, packing=True, passes=ROWS),
     "ours_as_trl_padded": partial(run_ours, like="trl_padded"),
     "ours_as_trl_bfd": partial(run_ours, like="trl_bfd"),
+    "ours_as_trl_bfd_by_row": partial(run_ours, like="trl_bfd_by_row"),
 }
 
 

@@ -37,6 +37,7 @@ from modelmill.components.finetuning import adapters, causal_lm
 from modelmill.components.finetuning.config import AdapterConfig, FinetuneConfig
 from modelmill.components.finetuning.finetune import finetune, train
 from modelmill.components.training.launch import TrainingJob, TrainingResult
+from modelmill.components.training.pretrained import load_causal_lm
 from modelmill.components.training.schedule import learning_rate
 from tests.components.finetuning.samples import (
     ADAPTER,
@@ -130,7 +131,7 @@ def test_the_engine_is_peft_with_a_loop_by_hand(
 
 def first_adapters(base: Path, config: FinetuneConfig) -> peft.PeftModel:
     """A model of peft with the first weights that the engine draws."""
-    first = causal_lm.load_model(base, dtype=torch.float64)
+    first = load_causal_lm(base, dtype=torch.float64, parameter="base")
     adapters.add_adapters(first, config.adapter, dora=config.method == "dora", seed=0)
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float64)
     settings = {"r": config.adapter.rank, "lora_alpha": config.adapter.alpha, "use_dora": config.method == "dora"}
@@ -174,7 +175,7 @@ def test_an_adapter_loads_in_peft_with_the_same_logits(
     made, _ = run(finetune_config(method=method), tmp_path, instructions, llama)
     folder = made.path("adapter/adapter_config.json").parent
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(llama)), str(folder)).eval()
-    ours = causal_lm.load_model(llama, dtype=torch.float32)
+    ours = load_causal_lm(llama, dtype=torch.float32, parameter="base")
     adapters.load_adapter(ours, folder)
     tokens = torch.arange(1, 60).view(1, -1)
     with torch.no_grad():
@@ -215,7 +216,7 @@ def test_training_all_weights_needs_no_package_for_adapters() -> None:
 
 
 def test_only_the_adapter_is_trained(llama: Path) -> None:
-    model = causal_lm.load_model(llama, dtype=torch.float32)
+    model = load_causal_lm(llama, dtype=torch.float32, parameter="base")
     names = adapters.add_adapters(model, AdapterConfig(**ADAPTER), dora=True, seed=0)
     assert len(names) == 2 * 7
     assert "lm_head" not in names
@@ -229,7 +230,7 @@ def test_only_the_adapter_is_trained(llama: Path) -> None:
 def test_first_weights_depend_on_seed_and_name_only(llama: Path) -> None:
     found = []
     for seed, targets in ((0, "all-linear"), (0, ["down_proj", "self_attn.q_proj"]), (1, "all-linear")):
-        model = causal_lm.load_model(llama, dtype=torch.float32)
+        model = load_causal_lm(llama, dtype=torch.float32, parameter="base")
         adapters.add_adapters(model, AdapterConfig(rank=4, targets=targets), dora=False, seed=seed)
         found.append({n: layer.lora_A["default"].weight for n, layer in adapters.adapters(model)})
     assert set(found[1]) == {f"model.layers.{n}.{t}" for n in (0, 1) for t in ("mlp.down_proj", "self_attn.q_proj")}

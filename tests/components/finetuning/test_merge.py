@@ -17,13 +17,14 @@ from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.evaluation.config import EvaluationConfig
 from modelmill.components.evaluation.heldout import evaluate_heldout
-from modelmill.components.finetuning import adapters, causal_lm
+from modelmill.components.finetuning import adapters
 from modelmill.components.finetuning.config import MergeConfig
 from modelmill.components.finetuning.merge import merge_adapter
 from modelmill.components.llama.huggingface import load_huggingface
 from modelmill.components.registry.config import FetchModelConfig, RegisterConfig
 from modelmill.components.registry.fetch_model import fetch_model
 from modelmill.components.registry.register import register_model
+from modelmill.components.training.pretrained import load_causal_lm, stored_dtype
 from tests.components.finetuning.samples import finetune_config, model_manifest
 from tests.components.finetuning.test_finetune import run
 from tests.components.training.samples import make_tokens
@@ -58,7 +59,7 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
     dtype = torch.float64 if name == "exact" else torch.float32
     folder = made.path("model/config.json").parent
     plain = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
-    tuned = causal_lm.load_model(base, dtype=dtype).eval()
+    tuned = load_causal_lm(base, dtype=dtype, parameter="base").eval()
     tokens = torch.arange(1, 60).view(1, -1)
     with torch.no_grad():
         untuned = tuned(input_ids=tokens).logits
@@ -81,7 +82,7 @@ def test_a_base_in_bf16_is_merged_in_fp32_and_stored_as_it_was(
     made, metrics = merged(half, adapter, instructions, tmp_path / "merged" / "data")
     assert metrics["logits_difference"] <= 1e-5 < metrics["stored_difference"] < 0.1
     weights = load_file(made.path("model/model.safetensors"))
-    assert causal_lm.stored_dtype(made.path("model/config.json").parent) == torch.bfloat16
+    assert stored_dtype(made.path("model/config.json").parent) == torch.bfloat16
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
-from modelmill.components.finetuning import adapters, causal_lm, job, quantization, trained_model
+from modelmill.components.finetuning import adapters, job, quantization, trained_model
 from modelmill.components.finetuning.config import AdapterConfig, MergeConfig, QuantizationConfig
 from modelmill.components.finetuning.finetune import train
 from modelmill.components.finetuning.merge import merge_adapter
+from modelmill.components.training.pretrained import load_causal_lm
 from modelmill.components.training.worker import StopRequestedError
 from tests.components.finetuning.samples import ADAPTER, finetune_config, job_spec, make_base, model_manifest
 from tests.components.finetuning.test_finetune import run
@@ -88,7 +89,7 @@ def test_the_forward_pass_is_that_of_the_rounded_weights_and_the_adapter(
     tuned: Manifest, biased: Path, compute: torch.dtype
 ) -> None:
     model = quantised(biased, compute=compute)
-    plain = causal_lm.load_model(biased, dtype=torch.float32).eval()
+    plain = load_causal_lm(biased, dtype=torch.float32, parameter="base").eval()
     before = logits(plain)
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
@@ -224,7 +225,7 @@ def test_the_merged_model_is_the_one_that_was_trained(
     tuned: Manifest, biased: Path, instructions: Manifest, tmp_path: Path
 ) -> None:
     folder = tuned.path("adapter/adapter_config.json").parent
-    models = {"trained": quantised(biased), "original": causal_lm.load_model(biased, dtype=torch.float32)}
+    models = {"trained": quantised(biased), "original": load_causal_lm(biased, dtype=torch.float32, parameter="base")}
     found = {}
     for into, model in models.items():
         made, found[into] = merged({"into": into}, tuned, biased, instructions, tmp_path / into)
