@@ -17,6 +17,7 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult
+from modelmill.components.data.bad_records import BadRecords
 from modelmill.components.data.chat_template import ConversationTemplate, make_template
 from modelmill.components.data.cleaning import assign_split
 from modelmill.components.data.conversations import (
@@ -42,7 +43,6 @@ from modelmill.components.data.tokenizer_files import TokenizerFiles, load_token
 
 logger = logging.getLogger("modelmill")
 _CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
-_NAMED = 20  # bad records that are told of one by one; the counts tell of all
 _BATCH_CHARACTERS = 2 << 20  # of text in one call of the tokenizer
 
 
@@ -91,7 +91,7 @@ class _Collector:
         self._split_of: dict[bytes, str] = {}  # by the prompt's digest: a question stands in one split only
         self._waiting: list[_Waiting] = []
         self._characters = 0
-        self.bad: Counter[str] = Counter()
+        self.bad = BadRecords("instructions", config.max_bad_records)
         self.dropped: Counter[str] = Counter(dict.fromkeys(("duplicate", "in_other_split", "too_long", "unlearnt"), 0))
         self.read = self.truncated = self.unended = 0
 
@@ -99,7 +99,7 @@ class _Collector:
     def losses(self) -> Counter[str]:
         """Records that were dropped so far, by reason."""
         losses = self.dropped.copy()
-        losses.update(self.bad)
+        losses.update(self.bad.counts)
         return losses
 
     def take(self, value: Any, place: str, number: int, source: InstructionSource) -> None:
@@ -147,15 +147,7 @@ class _Collector:
             UserError: it is one too many.
         """
         self.read += 1
-        self.bad[problem.reason] += 1
-        allowed = self._config.max_bad_records
-        if self.bad.total() > allowed:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad.items()))
-            before = f" ({self.bad.total()} bad records: {reasons})" if allowed else ""
-            remedy = f"mend or remove the record, or raise instructions.max_bad_records (it is {allowed})"
-            raise UserError(f"{PARAMETER}: {place} {problem}{before}; {remedy}")
-        if self.bad.total() <= _NAMED:
-            logger.warning("dropped %s %s", place, problem)
+        self.bad.refuse(place, problem)
 
     def skip(self, problem: BadRecord) -> None:
         """Count a record that is dropped whatever `max_bad_records` says."""
