@@ -38,8 +38,8 @@ def benchmark(config: BenchmarkConfig, output: Path, *, model: Manifest | None =
 
     Returns:
         kind `benchmark`; counts `tasks`, `forecasts` (series and windows of each forecaster), `fallbacks` (of the
-        model, or the best baseline); metrics `skill`, `win_rate` and `relative_<metric>` of the same; metadata `candidate`,
-        and `weights_digest` of the model.
+        candidate: the model, or the best baseline); its metrics `skill`, `win_rate` and `relative_<metric>`; metadata
+        `candidate`, and `weights_digest` of the model.
 
     Raises:
         UserError: the tasks cannot be read.

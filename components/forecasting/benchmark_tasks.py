@@ -79,9 +79,7 @@ def fev_tasks(source: FevTasks) -> list[BenchmarkTask]:
         local = fev.Task(**{**entry, **_local(entry, source.folder, f"{parameter}: task {place}")})
         levels = task.quantile_levels or [0.5]
         if 0.5 not in levels:
-            raise UserError(
-                f"{parameter}: task {place} has the quantiles {levels} without 0.5, the point forecast; add it"
-            )
+            raise UserError(f"{parameter}: task {place} has quantiles without 0.5, the point forecast; add it")
         found.append(
             BenchmarkTask(
                 name=f"{place}-{task.task_name}",
@@ -89,7 +87,7 @@ def fev_tasks(source: FevTasks) -> list[BenchmarkTask]:
                 levels=levels,
                 metric=metric.lower(),
                 windows=lambda task=local: _fev_windows(task),  # type: ignore[misc]
-                definition=task.to_dict(),
+                definition={**task.to_dict(), "fev_version": fev.__version__},
             )
         )
     return found
