@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 DEFAULT = "language-model"
+_HORIZON = 64  # steps that a forecaster is asked for unless a request says otherwise, where it can do as many
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Flavor:
     module: str
     requirements: tuple[str, ...]
     signature: Callable[[Manifest], ModelSignature]
-    example: list[str]
+    example: list[Any]
     usage: tuple[str, ...]
 
     def loader(self) -> Path:
@@ -108,6 +109,24 @@ def _dimension(model: Manifest) -> int:
     return -1 if told is None else int(told)
 
 
+def _forecaster(model: Manifest) -> ModelSignature:
+    """A long table of series to a table of quantiles; the columns of other levels are named alike."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+
+    settings = json.loads(model.path("model/config.json").read_bytes()).get("chronos_config", {})
+    horizon = min(int(settings.get("prediction_length", _HORIZON)), _HORIZON)
+    levels = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    table = [ColSpec("string", "item_id"), ColSpec("datetime", "timestamp")]
+    quantiles = [ColSpec("double", f"{level:g}") for level in levels]
+    params = [
+        ParamSpec("horizon", "long", horizon),
+        ParamSpec("quantile_levels", "double", levels, shape=(-1,)),
+    ]
+    inputs = Schema([*table, ColSpec("double", "target", required=False)])
+    return ModelSignature(inputs, Schema([*table, *quantiles]), ParamSchema(params))
+
+
 FLAVORS = {
     DEFAULT: Flavor(
         module="modelmill_language_model",
@@ -125,5 +144,15 @@ FLAVORS = {
         signature=_embedding,
         example=["How does a generator resume?"],
         usage=('model.predict(["How does a generator resume?"])["vectors"]  # float32 [texts, dimension]',),
+    ),
+    "forecaster": Flavor(
+        module="modelmill_forecaster",
+        requirements=("torch", "transformers", "chronos-forecasting", "pandas", "safetensors"),
+        signature=_forecaster,
+        example=[{"item_id": "a", "timestamp": f"2024-01-{day:02}", "target": float(day % 7)} for day in range(1, 29)],
+        usage=(
+            "# a table of item_id, timestamp, target to one of item_id, timestamp and a column for each level",
+            'model.predict(table, params={"horizon": 12, "quantile_levels": [0.1, 0.5, 0.9]})',
+        ),
     ),
 }
