@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from modelmill.components.core import tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.model_folder import digest_of
 from modelmill.components.core.step import StepResult
 from modelmill.components.evaluation.records import SCORES_FILE, write_scores
 from modelmill.components.forecasting.backtest_config import BacktestConfig
@@ -87,8 +88,8 @@ def backtest(config: BacktestConfig, output: Path, *, series: Manifest, model: M
         "dataset_digest": series.metadata.get("dataset_digest", series.digest),
         "scoring": {**vars(plan), "quantiles": config.quantiles},
     }
-    if model is not None and "weights_digest" in model.metadata:
-        metadata["weights_digest"] = model.metadata["weights_digest"]
+    if model is not None:
+        metadata["weights_digest"] = digest_of(model)
     _track(output, series, found, summary, counts)
     return StepResult("scores", counts, summary.metrics(), metadata)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from modelmill.components.core.recipe import Section
-from modelmill.components.forecasting.forecast_config import ChronosUseConfig
+from modelmill.components.forecasting.forecast_config import ChronosUseConfig, QuantileLevels
 
 SEASONAL_NAIVE = "seasonal-naive"
 BaselineName = Literal["auto-ets", "auto-arima", "theta", "lightgbm"]
@@ -28,7 +27,7 @@ class BacktestConfig(Section):
     min_context: int = Field(
         default=1, ge=1, description="Points before an origin that must be there; shorter series are left out."
     )
-    quantiles: list[float] = Field(
+    quantiles: QuantileLevels = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
         description="Rising levels between 0 and 1 that are forecast and judged; 0.5, the point forecast, among them.",
     )
@@ -50,15 +49,6 @@ class BacktestConfig(Section):
     workers: int | None = Field(
         default=None, ge=1, description="Processes for statistical baselines at most; null: one a core."
     )
-
-    @field_validator("quantiles")
-    @classmethod
-    def _levels(cls, levels: list[float]) -> list[float]:
-        if not levels or levels[0] <= 0 or levels[-1] >= 1 or any(a >= b for a, b in pairwise(levels)):
-            raise ValueError(f"{levels} must rise and lie between 0 and 1; write such as [0.1, 0.5, 0.9]")
-        if 0.5 not in levels:
-            raise ValueError("0.5 is missing, and the point forecast with it; add it")
-        return levels
 
     @field_validator("baselines")
     @classmethod

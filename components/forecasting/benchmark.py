@@ -15,6 +15,7 @@ import numpy as np
 
 from modelmill.components.core import events, tracking
 from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.model_folder import digest_of
 from modelmill.components.core.step import StepResult
 from modelmill.components.forecasting.backtest import opened
 from modelmill.components.forecasting.backtest_config import BacktestConfig
@@ -69,8 +70,8 @@ def benchmark(config: BenchmarkConfig, output: Path, *, model: Manifest | None =
     for file in sorted(output.iterdir()):
         tracking.log_artifact(file, "benchmark")
     metadata: dict[str, Any] = {"candidate": candidate, "forecasters": names}
-    if model is not None and "weights_digest" in model.metadata:
-        metadata["weights_digest"] = model.metadata["weights_digest"]
+    if model is not None:
+        metadata["weights_digest"] = digest_of(model)
     counts = {"tasks": len(tasks), "forecasts": forecasts, "fallbacks": chosen["fallbacks"]}
     return StepResult("benchmark", counts, metrics, metadata)
 

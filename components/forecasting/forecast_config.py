@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from modelmill.components.core.recipe import Section
+
+
+def _levels(levels: list[float]) -> list[float]:
+    if levels != sorted(set(levels)) or not all(0 < level < 1 for level in levels) or 0.5 not in levels:
+        raise ValueError(f"{levels} must rise, lie between 0 and 1 and hold 0.5; write such as [0.1, 0.5, 0.9]")
+    return levels
+
+
+QuantileLevels = Annotated[list[float], AfterValidator(_levels)]
 
 
 class ChronosUseConfig(Section):
@@ -43,7 +52,7 @@ class ForecastConfig(Section):
     """What is forecast beyond the end of every series."""
 
     horizon: PositiveInt | None = Field(default=None, description="Steps; null takes the horizon of the series.")
-    quantiles: list[float] = Field(
+    quantiles: QuantileLevels = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
         description="Rising levels between 0 and 1, 0.5 among them; levels beyond the model's own are its outermost.",
     )
@@ -51,10 +60,3 @@ class ForecastConfig(Section):
     num_charts: NonNegativeInt = Field(
         default=12, le=200, description="Series drawn in the report, evenly spread over all."
     )
-
-    @field_validator("quantiles")
-    @classmethod
-    def _levels(cls, levels: list[float]) -> list[float]:
-        if levels != sorted(set(levels)) or not all(0 < level < 1 for level in levels) or 0.5 not in levels:
-            raise ValueError(f"{levels} must rise, lie between 0 and 1 and hold 0.5; write such as [0.1, 0.5, 0.9]")
-        return levels

@@ -33,6 +33,7 @@ from modelmill.components.forecasting.forecaster import Forecaster
 from modelmill.components.forecasting.series_table import SeriesTable
 from modelmill.components.forecasting.windows import WindowPlan, rolling_windows
 
+from . import chronos_models
 from .backtests import LEVELS, Last, points, seasonal, series_manifest, series_table, write_series
 from .conftest import Produce
 
@@ -148,6 +149,17 @@ def test_a_model_is_judged_beside_the_baselines_and_gated(
     other = produce(backtest, config(windows=1), series=series)
     with pytest.raises(UserError, match="was scored with windows 2, reference with 1"):
         produce(gate, decision, candidate=found, reference=other)
+
+
+def test_a_chronos_is_judged(produce: Produce, tmp_path: Path) -> None:
+    model = chronos_models.bolt(tmp_path / "bolt")
+    series = series_manifest(tmp_path, seasonal(3, 40))
+    found = produce(backtest, config(baselines=["theta"], use={"device": "cpu"}), series=series, model=model)
+    assert found.metadata["candidate"] == "chronos-bolt"
+    assert found.metadata["weights_digest"] == model.metadata["weights_digest"]
+    assert found.counts["fallbacks"] == 0
+    assert found.metrics["skill"] < 0, "its weights are random"
+    assert "| chronos-bolt |" in found.path("report.md").read_text()
 
 
 def spiked(values: Sequence[np.ndarray], begin: int) -> list[np.ndarray]:
@@ -278,11 +290,8 @@ def test_a_forecast_of_the_wrong_shape_is_an_error(produce: Produce, tmp_path: P
 
 
 INVALID = {
-    "falling": ({"quantiles": [0.5, 0.1]}, "must rise and lie between 0 and 1"),
-    "equal": ({"quantiles": [0.5, 0.5]}, "must rise"),
-    "certain": ({"quantiles": [0.5, 1.0]}, "between 0 and 1"),
-    "no level": ({"quantiles": []}, "must rise"),
-    "no median": ({"quantiles": [0.1, 0.9]}, "0.5 is missing"),
+    "falling": ({"quantiles": [0.5, 0.1]}, "must rise, lie between 0 and 1 and hold 0.5"),
+    "no median": ({"quantiles": [0.1, 0.9]}, "must rise, lie between 0 and 1 and hold 0.5"),
     "twice": ({"baselines": ["theta", "theta"]}, "named twice"),
     "stranger": ({"candidate": "theta"}, "'theta' is not among the baselines seasonal-naive; add it"),
 }
