@@ -44,6 +44,7 @@ def backtest(
     manifest: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     table: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
     model: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 (kfp reads no `| None`)
 ) -> None:
     """Judge a model, or the best baseline, on rolling origins."""
@@ -51,7 +52,9 @@ def backtest(
     from modelmill.components.forecasting.backtest import backtest as step
 
     inputs = {"series": series.path} | ({"model": model.path} if model is not None else {})
-    run_step(step, section, inputs, {"manifest": manifest.path, "report.html": report.path, "report.md": table.path})
+    outputs = {"manifest": manifest.path, "report.html": report.path, "report.md": table.path}
+    for name, value in run_step(step, section, inputs, outputs).metrics.items():
+        metrics.log_metric(name, value)
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)
@@ -92,6 +95,7 @@ def benchmark(
     manifest: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     table: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
     model: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 (kfp reads no `| None`)
 ) -> None:
     """Judge a model on the tasks of a public benchmark."""
@@ -99,4 +103,6 @@ def benchmark(
     from modelmill.components.forecasting.benchmark import benchmark as step
 
     inputs = {"model": model.path} if model is not None else {}
-    run_step(step, section, inputs, {"manifest": manifest.path, "report.html": report.path, "report.md": table.path})
+    outputs = {"manifest": manifest.path, "report.html": report.path, "report.md": table.path}
+    for name, value in run_step(step, section, inputs, outputs).metrics.items():
+        metrics.log_metric(name, value)

@@ -349,7 +349,10 @@ def test_the_shell(tmp_path: Path) -> None:
     path = tmp_path / "series.json"
     series_manifest(tmp_path, seasonal(2, 30)).write(path)
     outputs = {name: SimpleNamespace(path=str(tmp_path / name)) for name in ("manifest", "report", "table")}
+    logged: dict[str, float] = {}
+    metrics = SimpleNamespace(log_metric=logged.__setitem__)
     text = section("backtest", config(), backtest)
-    component.backtest.python_func(text, series=SimpleNamespace(path=str(path)), **outputs)
+    component.backtest.python_func(text, series=SimpleNamespace(path=str(path)), metrics=metrics, **outputs)
     assert Manifest.read(tmp_path / "manifest").metadata["candidate"] == "seasonal-naive"
     assert "seasonal-naive" in (tmp_path / "table").read_text()
+    assert logged["relative_sql"] == 1.0

@@ -241,7 +241,12 @@ def test_the_fingerprint_follows_the_data(fev_source: dict[str, Any], tmp_path: 
 
 def test_the_shell(gift_source: dict[str, Any], tmp_path: Path) -> None:
     outputs = {name: SimpleNamespace(path=str(tmp_path / name)) for name in ("manifest", "report", "table")}
+    logged: dict[str, float] = {}
+    metrics = SimpleNamespace(log_metric=logged.__setitem__)
     settings = config(gift_source | {"datasets": ["m4_yearly"]}, baselines=[])
-    component.benchmark.python_func(section("benchmark", settings, benchmark, settings.fingerprint()), **outputs)
+    component.benchmark.python_func(
+        section("benchmark", settings, benchmark, settings.fingerprint()), metrics=metrics, **outputs
+    )
     assert Manifest.read(tmp_path / "manifest").counts == {"tasks": 1, "forecasts": 3, "fallbacks": 0}
     assert "seasonal-naive" in (tmp_path / "table").read_text()
+    assert logged["relative_sql"] == 1.0
