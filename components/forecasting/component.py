@@ -106,3 +106,14 @@ def benchmark(
     outputs = {"manifest": manifest.path, "report.html": report.path, "report.md": table.path}
     for name, value in run_step(step, section, inputs, outputs).metrics.items():
         metrics.log_metric(name, value)
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def tune_chronos2(
+    section: str, series: dsl.Input[dsl.Dataset], base: dsl.Input[dsl.Model], manifest: dsl.Output[dsl.Model]
+) -> None:
+    """Tune a Chronos-2 on series, all weights or LoRA."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.forecasting.tune_chronos2 import tune_chronos2 as step
+
+    run_step(step, section, {"series": series.path, "base": base.path}, {"manifest": manifest.path})
