@@ -70,9 +70,7 @@ def _forecast(targets: list[np.ndarray], season: int, horizon: int, quantiles: S
     seasons = np.full(len(targets), season)
     held = [min(_CALIBRATIONS, (len(target) - 2 * season - 3) // horizon - 1) for target in targets]
     origins = min(held)
-    early = [target[: -origins * horizon] for target in targets]
-    # The sizes of both fits are taken before what the errors are measured on; a series may start flat.
-    sizes = seasonal_errors(early, seasons)
+    sizes = seasonal_errors(targets, seasons)
     sizes = np.where(sizes > 0, sizes, [np.abs(np.diff(target)).mean() for target in targets])
     scaled = [target / size for target, size in zip(targets, sizes, strict=True)]
     model = _fitted([target[: -origins * horizon] for target in scaled], season)
