@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -65,7 +66,7 @@ def load_language_model(folder: Path, config: ModelUseConfig) -> LanguageModel:
         raise UserError("device: cuda is not in this machine; use auto or cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     narrow = None if config.precision == "auto" and device != "cpu" else _DTYPES[config.precision]
-    model = load_causal_lm(folder, dtype=narrow, parameter="model")
+    model: Any = load_causal_lm(folder, dtype=narrow, parameter="model")
     with memory_explained():
         model = model.to(device).eval()
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
