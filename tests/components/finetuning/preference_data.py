@@ -17,9 +17,9 @@ from modelmill.components.data.instruction_packing import TokenStore
 from modelmill.components.data.preference_rows import write_pairs
 from modelmill.components.finetuning.dpo import dpo, train
 from modelmill.components.finetuning.dpo_config import DpoConfig
-from modelmill.components.training.launch import LAUNCHED_VARIABLE, TrainingJob, TrainingResult
+from modelmill.components.training.launch import LAUNCHED_VARIABLE
 from tests.components.finetuning.samples import ADAPTER, LENGTH, MEDIUM, VOCAB, model_manifest
-from tests.components.training.runs import single_rank
+from tests.components.training.runs import Here
 from tests.components.training.samples import TRAINING
 
 
@@ -71,19 +71,9 @@ def job_spec(config: DpoConfig, base: Path, preferences: Manifest, output: Path)
     }
 
 
-class Here:
-    """A launcher whose one rank is this process."""
-
-    def check(self, training: object) -> None:
-        pass
-
-    def launch(self, job: TrainingJob) -> TrainingResult:
-        return train(single_rank(job.scratch), dict(job.spec), job.training)
-
-
 def run(config: DpoConfig, scratch: Path, preferences: Manifest, base: Path) -> tuple[Manifest, StepResult]:
     """The step, and the manifest that it becomes."""
     output = scratch / "data"
     output.mkdir(parents=True, exist_ok=True)
-    result = dpo(config, output, preferences=preferences, base=model_manifest(base), launcher=Here())
+    result = dpo(config, output, preferences=preferences, base=model_manifest(base), launcher=Here(train))
     return Manifest.describe(output, kind=result.kind, counts=result.counts, metadata=result.metadata), result

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.finetuning.dpo import train
-from modelmill.components.training.launch import LocalLauncher, TrainingJob
+from modelmill.components.training.launch import TrainingJob
 from tests.components.finetuning import dpo_runs
 from tests.components.finetuning.preference_data import dpo_config, job_spec, make_preferences
+from tests.components.training.forked_ranks import ForkedRanks
 from tests.components.training.runs import history, single_rank
 
 
@@ -35,7 +36,7 @@ def launched(
     scratch = tmp_path_factory.mktemp("two ranks")
     training = dpo_config(parallel=dpo_runs.COPIES).training
     spec = {name: str(folder) for name, folder in bases.items()} | {"preferences": preferences.model_dump(mode="json")}
-    result = LocalLauncher().launch(TrainingJob(dpo_runs.MODULE, spec, training, scratch))
+    result = ForkedRanks().launch(TrainingJob(dpo_runs.MODULE, spec, training, scratch))
     return scratch, result.metadata["found"]
 
 

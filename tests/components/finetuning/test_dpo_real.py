@@ -12,11 +12,11 @@ from modelmill.components.evaluation.config import GateConfig
 from modelmill.components.evaluation.gate import gate
 from modelmill.components.evaluation.preference_config import PreferenceScoresConfig
 from modelmill.components.evaluation.preferences import score_preferences
-from modelmill.components.finetuning.dpo import dpo
+from modelmill.components.finetuning.dpo import dpo, train
 from tests.components.data.instruction_data import CHATML, tokenizer_in, untagged
 from tests.components.evaluation.answering import make_model, produce
-from tests.components.finetuning.preference_data import Here, dpo_config
-from tests.components.training.runs import history
+from tests.components.finetuning.preference_data import dpo_config
+from tests.components.training.runs import Here, history
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_the_true_answers_of_held_out_questions_win_the_gate(
     )
     output = tmp_path / "dpo" / "data"
     output.mkdir(parents=True)
-    tuned = produce(tmp_path / "dpo", lambda *given, **upstream: dpo(*given, launcher=Here(), **upstream), config,
+    tuned = produce(tmp_path / "dpo", lambda *given, **upstream: dpo(*given, launcher=Here(train), **upstream), config,
                     preferences=preferences, base=base)  # fmt: skip
     validated = [record for record in history(tmp_path / "dpo") if "validation_loss" in record]
     assert validated[-1]["validation_loss"] < 0.68  # ln 2 at the start

@@ -36,7 +36,6 @@ from modelmill.components.data.instruction_rows import InstructionSource, open_i
 from modelmill.components.finetuning import adapters, causal_lm
 from modelmill.components.finetuning.config import AdapterConfig, FinetuneConfig
 from modelmill.components.finetuning.finetune import finetune, train
-from modelmill.components.training.launch import TrainingJob, TrainingResult
 from modelmill.components.training.pretrained import load_causal_lm
 from modelmill.components.training.schedule import learning_rate
 from tests.components.finetuning.samples import (
@@ -48,28 +47,14 @@ from tests.components.finetuning.samples import (
     make_instructions,
     model_manifest,
 )
-from tests.components.training.runs import history, single_rank
-
-
-class Here:
-    """A launcher whose one rank is this process."""
-
-    def __init__(self) -> None:
-        self.jobs: list[TrainingJob] = []
-
-    def check(self, training: object) -> None:
-        pass
-
-    def launch(self, job: TrainingJob) -> TrainingResult:
-        self.jobs.append(job)
-        return train(single_rank(job.scratch), job.spec, job.training)
+from tests.components.training.runs import Here, history
 
 
 def run(config: FinetuneConfig, scratch: Path, instructions: Manifest, base: Path) -> tuple[Manifest, StepResult]:
     """The step, and the manifest that it becomes."""
     output = scratch / "data"
     output.mkdir(parents=True, exist_ok=True)
-    result = finetune(config, output, instructions=instructions, base=model_manifest(base), launcher=Here())
+    result = finetune(config, output, instructions=instructions, base=model_manifest(base), launcher=Here(train))
     return Manifest.describe(output, kind=result.kind, counts=result.counts, metadata=result.metadata), result
 
 
