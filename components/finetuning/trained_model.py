@@ -18,6 +18,7 @@ from modelmill.components.finetuning import causal_lm
 from modelmill.components.finetuning.causal_lm import SupervisedModel
 from modelmill.components.finetuning.config import AdapterConfig, QuantizationConfig
 from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
+from modelmill.components.finetuning.packed_attention import attend_by_conversation
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.pretrained import load_causal_lm
 
@@ -44,6 +45,8 @@ def load(
     else:
         model = load_causal_lm(folder, dtype=dtype, parameter="finetune.base", attention=attention)
     causal_lm.check_model(model, packed=packed)
+    if packed and device.type == "cpu":
+        attend_by_conversation(model)
     if method == "full":
         return model, []
     from modelmill.components.finetuning import adapters

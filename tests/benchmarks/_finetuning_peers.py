@@ -109,6 +109,7 @@ def run_ours(folder: Path, steps: int, records: Records, *, like: str | None = N
 
     from modelmill.components.data.loader import BatchSource
     from modelmill.components.finetuning import adapters, causal_lm
+    from modelmill.components.finetuning.packed_attention import attend_by_conversation
     from modelmill.components.training.accelerator import CPU
     from modelmill.components.training.checkpoint import Checkpoints
     from modelmill.components.training.journal import Journal
@@ -136,6 +137,7 @@ def run_ours(folder: Path, steps: int, records: Records, *, like: str | None = N
         return loss
 
     model = load_causal_lm(folder / "model", dtype=torch.float32, parameter="base")
+    attend_by_conversation(model)
     adapters.add_adapters(model, ADAPTER, dora=False, seed=SEED)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
