@@ -117,6 +117,10 @@ SHIPPED = Catalog(
             recipe="modelmill.pipelines.recipes.embedding_finetune:EmbeddingFinetuneRecipe",
             dag="modelmill.pipelines.embedding_finetune:embedding_finetune",
         ),
+        "chronos_forecast": Pipeline(
+            recipe="modelmill.pipelines.recipes.chronos_forecast:ChronosForecastRecipe",
+            dag="modelmill.pipelines.chronos_forecast:chronos_forecast",
+        ),
         "activation_sweep": Pipeline(
             recipe="modelmill.pipelines.recipes.activation_sweep:ActivationSweepRecipe",
             dag="modelmill.pipelines.activation_sweep:activation_sweep",
