@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import manifests, modelmill
+from tests.e2e.command import last, manifests, modelmill
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,7 @@ def test_a_repeated_run_reuses_and_another_home_gives_bit_identical_weights(tmp_
 
 
 @pytest.mark.slow
-def test_demo_beats_the_bigram_baseline(tmp_path: Path) -> None:
-    done = modelmill(tmp_path, "run", "laptop/llama-demo")
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics = manifests(tmp_path, "evaluate_heldout")[-1]["metrics"]
+def test_demo_beats_the_bigram_baseline(demo_home: Path) -> None:
+    metrics = last(demo_home, "evaluate_heldout")["metrics"]
     assert metrics["validation_loss"] < metrics["bigram_validation_loss"]
     assert metrics["bits_per_byte"] < metrics["bigram_bits_per_byte"] < metrics["unigram_bits_per_byte"]
