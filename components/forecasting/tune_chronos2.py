@@ -151,7 +151,8 @@ def _fit(
                 journal.validated(state.global_step, float(logs["eval_loss"]))
 
     set_seed(config.seed)  # numpy's too, which draws the windows
-    options: dict[str, Any] = {"seed": config.seed, "logging_steps": config.log_every, "disable_tqdm": True}
+    options: dict[str, Any] = {"seed": config.seed, "logging_steps": config.log_every, "logging_first_step": True}
+    options["disable_tqdm"] = True
     if config.validate_every is not None:
         options |= {"eval_steps": config.validate_every, "save_steps": config.validate_every}
     if config.method == "lora":

@@ -22,7 +22,10 @@ from safetensors.numpy import load_file
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.recipe import validate
+from modelmill.components.core.step import section
 from modelmill.components.core.weights import weights_digest
+from modelmill.components.forecasting import component
+from modelmill.components.forecasting.chronos2_config import Chronos2TuneConfig
 from modelmill.components.forecasting.chronos_objective import BoltTraining, training_of
 from modelmill.components.forecasting.chronos_train_config import ChronosTrainConfig
 from modelmill.components.forecasting.chronos_windows import Windows
@@ -30,6 +33,7 @@ from modelmill.components.forecasting.forecast_config import ChronosUseConfig
 from modelmill.components.forecasting.forecast_model import open_forecaster
 from modelmill.components.forecasting.series_table import SeriesTable, open_series
 from modelmill.components.forecasting.train_chronos import train, train_chronos
+from modelmill.components.forecasting.tune_chronos2 import tune_chronos2
 from modelmill.components.training.accelerator import CPU
 from modelmill.components.training.launch import LAUNCHED_VARIABLE, TrainingJob, TrainingResult
 from modelmill.components.training.mesh import Mesh
@@ -109,10 +113,10 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     dist.destroy_process_group()
 
 
-def run(scratch: Path, section: ChronosTrainConfig, series: Manifest, launcher: Any = None, **inputs: Any) -> Manifest:
+def run(scratch: Path, chosen: ChronosTrainConfig, series: Manifest, launcher: Any = None, **inputs: Any) -> Manifest:
     output = scratch / "data"
     output.mkdir(parents=True, exist_ok=True)
-    result = train_chronos(section, output, series=series, launcher=launcher, **inputs)
+    result = train_chronos(chosen, output, series=series, launcher=launcher, **inputs)
     return Manifest.describe(
         output, kind=result.kind, counts=result.counts, metrics=result.metrics, metadata=result.metadata
     )
@@ -241,8 +245,8 @@ class TestResult:
         """Trained long enough to know a sine, by the launcher."""
         sizes = {"global_batch_size": 16, "micro_batch_size": 16, "learning_rate": 2e-2, "weight_decay": 0.01}
         times = {"steps": 250, "validate_every": 125, "checkpoint_every": None, "log_every": 10}
-        section = config(model={**SMALL, "initializer_factor": 0.3}, min_context=16, **sizes, **times)
-        return run(tmp_path_factory.mktemp("trained"), section, series)
+        chosen = config(model={**SMALL, "initializer_factor": 0.3}, min_context=16, **sizes, **times)
+        return run(tmp_path_factory.mktemp("trained"), chosen, series)
 
     def test_it_learns_and_the_library_loads_it(self, trained: Manifest, series: Manifest) -> None:
         losses = [record["loss"] for record in history(trained) if "loss" in record]
@@ -278,8 +282,8 @@ class TestResult:
 @pytest.mark.parametrize("family", ["bolt", "t5"])
 def test_a_base_is_tuned_and_becomes_better(one_rank: Any, series: Manifest, tmp_path: Path, family: str) -> None:
     base = getattr(models, family)(tmp_path / "base")
-    section = config(model=None, steps=30, learning_rate=3e-3)
-    tuned = run(tmp_path / "tuned", section, series, Here(), base=base)
+    chosen = config(model=None, steps=30, learning_rate=3e-3)
+    tuned = run(tmp_path / "tuned", chosen, series, Here(), base=base)
     assert tuned.metadata["base_digest"] == base.metadata["weights_digest"]
     assert tuned.metadata["method"] == "full"
     assert tuned.metadata["weights_digest"] != base.metadata["weights_digest"]
@@ -292,18 +296,18 @@ def test_a_base_is_tuned_and_becomes_better(one_rank: Any, series: Manifest, tmp
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_stopped_and_resumed_is_undisturbed(one_rank: Any, series: Manifest, tmp_path: Path, dropout: float) -> None:
-    section = config(model={**SMALL, "dropout": dropout})
-    whole = run(tmp_path / "whole", section, series, Here())
+    chosen = config(model={**SMALL, "dropout": dropout})
+    whole = run(tmp_path / "whole", chosen, series, Here())
     with pytest.raises(StopRequestedError, match="after step 3 of 6"):
-        run(tmp_path / "stopped", section, series, Here(stop_after=3))
-    resumed = run(tmp_path / "stopped", section, series, Here())
+        run(tmp_path / "stopped", chosen, series, Here(stop_after=3))
+    resumed = run(tmp_path / "stopped", chosen, series, Here())
     assert history(resumed) == history(whole)
     assert resumed.digest == whole.digest
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("section", "words"),
+        ("fields", "words"),
         [
             ({"model": {"d_model": 30, "num_heads": 4}}, "num_heads: 4 do not share d_model 30 evenly"),
             ({"model": {"context_length": 50}}, "context_length: 50 is no multiple of patch_size 16"),
@@ -314,9 +318,9 @@ class TestRefusals:
         ],
         ids=["heads", "patch", "levels", "unknown", "tensor", "documents"],
     )
-    def test_sections(self, section: dict[str, Any], words: str) -> None:
+    def test_sections(self, fields: dict[str, Any], words: str) -> None:
         with pytest.raises(UserError, match=words):
-            validate(ChronosTrainConfig, {"training": TRAINING, **section})
+            validate(ChronosTrainConfig, {"training": TRAINING, **fields})
 
     def test_inputs_that_do_not_fit(self, series: Manifest, tmp_path: Path) -> None:
         base = models.bolt(tmp_path / "bolt")
@@ -347,6 +351,25 @@ def test_two_processes_have_the_trajectory_of_one(series: Manifest, tmp_path: Pa
     assert weights[0].keys() == weights[1].keys()
 
 
+@pytest.mark.slow
+def test_the_shells_train_and_tune(series: Manifest, tmp_path: Path) -> None:
+    def paths(*names: str) -> list[Any]:
+        return [SimpleNamespace(path=str(tmp_path / name)) for name in names]
+
+    series.write(tmp_path / "series")
+    text = section("train_chronos", config(steps=2), train_chronos)
+    component.train_chronos.python_func(text, *paths("series", "trained"))
+    text = section("train_chronos", config(model=None, steps=1), train_chronos)
+    component.train_chronos.python_func(text, *paths("series", "tuned"), base=paths("trained")[0])
+    trained, tuned = (Manifest.read(tmp_path / name) for name in ("trained", "tuned"))
+    assert tuned.metadata["base_digest"] == trained.metadata["weights_digest"]
+    models.chronos2(tmp_path / "two").write(tmp_path / "chronos2")
+    settings = Chronos2TuneConfig(steps=1, validate_every=None, device="cpu")
+    text = section("tune_chronos2", settings, tune_chronos2)
+    component.tune_chronos2.python_func(text, *paths("series", "chronos2", "better"))
+    assert Manifest.read(tmp_path / "better").metadata["family"] == "chronos-2"
+
+
 _PROGRAM = """
 import sys
 from pathlib import Path
@@ -361,12 +384,12 @@ train_chronos(config, folder / "data", series=Manifest.read(folder / "series"))
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_undisturbed(series: Manifest, tmp_path: Path) -> None:
-    section = config(steps=300, checkpoint_every=20)
-    whole = run(tmp_path / "whole", section, series)
+    chosen = config(steps=300, checkpoint_every=20)
+    whole = run(tmp_path / "whole", chosen, series)
     folder = tmp_path / "killed"
     (folder / "data").mkdir(parents=True)
     series.write(folder / "series")
-    (folder / "config.json").write_text(section.model_dump_json())
+    (folder / "config.json").write_text(chosen.model_dump_json())
     process = subprocess.Popen([sys.executable, "-c", _PROGRAM, str(folder)], start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/step-*/checkpoint.json")):
@@ -375,6 +398,6 @@ def test_killed_and_resumed_is_undisturbed(series: Manifest, tmp_path: Path) -> 
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    resumed = run(folder, section, series)
+    resumed = run(folder, chosen, series)
     assert history(resumed) == history(whole)
     assert resumed.digest == whole.digest
