@@ -114,7 +114,12 @@ def _check_covariates(wanted: Sequence[str] | None, table: SeriesTable) -> None:
 def _predict(
     forecaster: Forecaster, table: SeriesTable, numbers: range, horizon: int, config: ForecastConfig
 ) -> np.ndarray:
-    contexts = [table.context(number, horizon=horizon) for number in numbers]
+    read = config.use.covariates
+    if read is None:
+        read = list(table.known_names) if forecaster.name == "chronos-2" else []
+    # What is not read need not reach over the horizon.
+    ahead = horizon if set(read) & set(table.known_names) else 0
+    contexts = [table.context(number, horizon=ahead) for number in numbers]
     return forecaster.predict(contexts, horizon, config.quantiles)
 
 

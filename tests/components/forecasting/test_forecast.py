@@ -97,7 +97,7 @@ def test_a_series_without_a_value_is_nan_and_told(
     assert "item-0" in found.path("report.md").read_text()
 
 
-def test_known_covariates_are_read_ahead(produce: Produce, chronos2: Manifest, tmp_path: Path) -> None:
+def test_known_covariates_are_read_ahead(produce: Produce, chronos2: Manifest, bolt: Manifest, tmp_path: Path) -> None:
     tables = []
     for price in (1, 100):
         rows = [
@@ -117,6 +117,8 @@ def test_known_covariates_are_read_ahead(produce: Produce, chronos2: Manifest, t
         produce(forecast, config(use={"covariates": ["prize"]}), series=series, model=chronos2)
     with pytest.raises(UserError, match="a has 2 of 9 future values of 'price'"):
         produce(forecast, config(), series=series, model=chronos2)
+    for model, use in ((bolt, {}), (chronos2, {"covariates": []})):  # which read none
+        assert produce(forecast, config(use=use), series=series, model=model).counts["points"] == 9
 
 
 def test_horizons_that_make_no_sense(produce: Produce, bolt: Manifest, tmp_path: Path) -> None:
