@@ -1,6 +1,6 @@
 """LoRA fine-tuning on our loop against TRL's `SFTTrainer` with peft: padded, as it comes, and with its bfd packing.
 
-    python -m tests.benchmarks.finetuning [--rounds 5] [--steps 14]
+    python -m tests.benchmarks.finetuning [--rounds 5] [--steps 12]
 
 All learn the same prepared questions and answers about installed packages (answers only; `_finetuning_data` says how
 their lengths vary), from the same weights and the same first adapter, with AdamW (fused), the same schedule, clipping
@@ -34,7 +34,7 @@ from tests.benchmarks._finetuning_data import SIZES, describe, prepare
 from tests.benchmarks._finetuning_peers import ADAPTER, CONVERSATIONS, ROW, ROWS
 from tests.benchmarks._rounds import measure, one_round
 
-WARM_UP, CHECKED_STEPS, TOLERANCE = 3, 20, 1e-5
+WARM_UP, CHECKED_STEPS, TOLERANCE = 3, 12, 1e-5
 PEERS = ("ours", "trl_padded", "trl_bfd", "trl_bfd_by_row")
 
 
@@ -92,7 +92,7 @@ def compare(number: int, steps: int, threads: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="times every peer is timed (default 5)")
-    parser.add_argument("--steps", type=int, default=14, help=f"steps of a timed run, {WARM_UP} of them warm-up")
+    parser.add_argument("--steps", type=int, default=12, help=f"steps of a timed run, {WARM_UP} of them warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
     options = parser.parse_args()
     if options.steps <= WARM_UP or options.rounds < 1:
