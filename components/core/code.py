@@ -16,7 +16,22 @@ from pathlib import Path
 
 _PACKAGE = "modelmill.components"
 # Libraries whose version can change a step's bytes; the rest of the lock cannot.
-_LIBRARIES = ("torch", "numpy", "pyarrow", "tokenizers", "transformers", "sentencepiece", "safetensors")
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "pyarrow",
+    "tokenizers",
+    "transformers",
+    "sentencepiece",
+    "safetensors",
+    "peft",
+    "bitsandbytes",
+    "sentence-transformers",
+    "chronos-forecasting",
+    "pandas",
+    "statsforecast",
+    "lightgbm",
+)
 
 
 def package_version() -> str:

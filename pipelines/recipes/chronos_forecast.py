@@ -27,6 +27,12 @@ class ChronosForecastRecipe(Recipe):
     synthesis: SynthesisConfig = Field(description="Made-up series that the model learns from first.")
     model: BoltConfig = Field(default=BoltConfig(), description="Sizes of the model.")
     pretraining: TrainingConfig = Field(description="Training on the made-up series.")
+    short_contexts: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of windows in it whose context is cut to a random length; real series are short.",
+    )
     tuning: TrainingConfig = Field(description="Training on what the real series do not hold back.")
     backtest: BacktestConfig = Field(default=BacktestConfig(), description="Windows, quantiles and baselines.")
     gate: GateConfig = Field(
@@ -47,9 +53,13 @@ class ChronosForecastRecipe(Recipe):
             raise ValueError(f"gate.direction: {self.gate.metric} is a loss; set it to lower")
         if self.synthesis.mixup is not None:
             raise ValueError("synthesis.mixup: there are no series to mix here; use kernel alone")
-        ChronosTrainConfig(model=self.model, training=self.pretraining)
+        self.pretrain()
         self.tune()
         return self
+
+    def pretrain(self) -> ChronosTrainConfig:
+        """Section of the training from random weights."""
+        return ChronosTrainConfig(model=self.model, short_contexts=self.short_contexts, training=self.pretraining)
 
     def tune(self) -> ChronosTrainConfig:
         """Section of the tuning: the loss is over what the backtest asks for."""
@@ -79,7 +89,7 @@ class ChronosForecastRecipe(Recipe):
             PlannedStep("synthesise_series", self.synthesis, f"{forecasting}.synthesise:synthesise_series"),
             PlannedStep(
                 "train_base",
-                ChronosTrainConfig(model=self.model, training=self.pretraining),
+                self.pretrain(),
                 training,
                 {"series": "synthesise_series"},
             ),
