@@ -184,8 +184,9 @@ def check_files(client: MlflowClient, version: ModelVersion, scratch: Path) -> P
     return folder
 
 
-def whoever(environment: Mapping[str, str] = os.environ) -> str:
+def whoever(environment: Mapping[str, str] | None = None) -> str:
     """Who runs this: `$MODELMILL_USER`, the pod of a cluster's step, or the login name."""
+    environment = os.environ if environment is None else environment
     if user := environment.get("MODELMILL_USER"):
         return user
     if pod := environment.get("KFP_POD_NAME"):
