@@ -239,15 +239,16 @@ class TestObjectives:
             assert whole == pytest.approx(rest, rel=1e-4)
 
 
-class TestResult:
-    @pytest.fixture(scope="class")
-    def trained(self, series: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-        """Trained long enough to know a sine, by the launcher."""
-        sizes = {"global_batch_size": 16, "micro_batch_size": 16, "learning_rate": 2e-2, "weight_decay": 0.01}
-        times = {"steps": 250, "validate_every": 125, "checkpoint_every": None, "log_every": 10}
-        chosen = config(model={**SMALL, "initializer_factor": 0.3}, min_context=16, **sizes, **times)
-        return run(tmp_path_factory.mktemp("trained"), chosen, series)
+@pytest.fixture(scope="module")
+def trained(series: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Trained long enough to know a sine, by the launcher."""
+    sizes = {"global_batch_size": 16, "micro_batch_size": 16, "learning_rate": 2e-2, "weight_decay": 0.01}
+    times = {"steps": 250, "validate_every": 125, "checkpoint_every": None, "log_every": 10}
+    chosen = config(model={**SMALL, "initializer_factor": 0.3}, min_context=16, **sizes, **times)
+    return run(tmp_path_factory.mktemp("trained"), chosen, series)
 
+
+class TestResult:
     def test_it_learns_and_the_library_loads_it(self, trained: Manifest, series: Manifest) -> None:
         losses = [record["loss"] for record in history(trained) if "loss" in record]
         assert np.mean(losses[-3:]) < 0.6 * losses[0]
