@@ -18,14 +18,8 @@ def test_notebook_is_committed_without_output(path: Path) -> None:
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
-# The first shows in `make test` that a kernel, the launcher and the plots work together.
-RUNNABLE = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if position else [])
-    for position, path in enumerate(NOTEBOOKS)
-]
-
-
-@pytest.mark.parametrize("path", RUNNABLE)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELMILL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -87,6 +87,7 @@ def offset(run: RunFolder, spool: str) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_kill_9_while_following_loses_and_duplicates_nothing(store_home: Home, make_run: MakeRun) -> None:
     run = make_run(store_home)
     small_run(run, points=6_000)
@@ -160,6 +161,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle_gets_the_rest_later(
     home: Home, make_run: MakeRun, tracking_server: TrackingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,7 @@ def test_a_server_killed_in_the_middle_gets_the_rest_later(
     assert deliver_pending(home) == []
 
 
+@pytest.mark.slow
 def test_two_runs_create_one_new_store_at_the_same_time(home: Home, make_run: MakeRun) -> None:
     runs = [make_run(home, f"twin-{number}") for number in range(2)]
     for run in runs:

@@ -180,6 +180,7 @@ def test_progress_and_points_are_reported(reference: tuple[Workplace, Outcome]) 
     assert "Warning" not in outcome.log
 
 
+@pytest.mark.slow
 def test_whatever_ends_an_attempt_the_next_goes_on_to_the_same_bits(
     reference: tuple[Workplace, Outcome], tmp_path: Path
 ) -> None:
