@@ -19,7 +19,7 @@ demo: $(STAMP) ## pretrain a small Llama through the whole pipeline (about 3 min
 
 test: $(STAMP) ## lint and the tests (under 10 minutes on 2 cores)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
-	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: $(STAMP) ## the long tests: drills, kill schedules, the laptop recipes end to end
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -95,7 +95,7 @@ def test_batch_size_order_and_company_change_nothing(made: dict[str, Manifest], 
     assert (np.diff(whole, axis=-1) >= 0).all()
     scale = np.array([np.nanstd(values) for values in series])[:, None, None]
     small = opened(made[family], batch_size=1 if family == "bolt" else 13)
-    np.testing.assert_allclose(small.predict(given, 8, LEVELS) / scale, whole / scale, atol=1e-5)
+    np.testing.assert_allclose(small.predict(given, 8, LEVELS) / scale, whole / scale, rtol=1e-5, atol=1e-5)
     order = np.random.default_rng(0).permutation(9)
     shuffled = opened(made[family]).predict([given[place] for place in order], 8, LEVELS)
     np.testing.assert_allclose(shuffled / scale[order], (whole / scale)[order], atol=1e-5)
