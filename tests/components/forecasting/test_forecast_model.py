@@ -94,13 +94,14 @@ def test_batch_size_order_and_company_change_nothing(made: dict[str, Manifest], 
     assert np.isfinite(whole).all()
     assert (np.diff(whole, axis=-1) >= 0).all()
     scale = np.array([np.nanstd(values) for values in series])[:, None, None]
+    close = {"rtol": 1e-5, "atol": 1e-5}
     small = opened(made[family], batch_size=1 if family == "bolt" else 13)
-    np.testing.assert_allclose(small.predict(given, 8, LEVELS) / scale, whole / scale, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(small.predict(given, 8, LEVELS) / scale, whole / scale, **close)
     order = np.random.default_rng(0).permutation(9)
     shuffled = opened(made[family]).predict([given[place] for place in order], 8, LEVELS)
-    np.testing.assert_allclose(shuffled / scale[order], (whole / scale)[order], atol=1e-5)
+    np.testing.assert_allclose(shuffled / scale[order], (whole / scale)[order], **close)
     alone = opened(made[family]).predict(given[3:4], 8, LEVELS)
-    np.testing.assert_allclose(alone / scale[3], whole[3:4] / scale[3], atol=1e-5)
+    np.testing.assert_allclose(alone / scale[3], whole[3:4] / scale[3], **close)
 
 
 def test_series_see_each_other_with_cross_learning_only(made: dict[str, Manifest]) -> None:
