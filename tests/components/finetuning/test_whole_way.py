@@ -110,6 +110,6 @@ def test_from_records_to_a_merged_model(home: object, tmp_path: Path) -> None:
     output = tmp_path / "merged" / "data"
     output.mkdir(parents=True)
     adapter = described(whole, outputs["whole"])
-    result = merge_adapter(MergeConfig(), output, adapter=adapter, instructions=instructions, base=base)
+    result = merge_adapter(MergeConfig(), output, adapter=adapter, data=instructions, base=base)
     assert result.metrics["stored_difference"] <= 1e-5
     assert (output / "model" / "tokenizer.json").exists()
