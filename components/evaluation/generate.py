@@ -72,7 +72,7 @@ def generate(config: GenerateConfig, output: Path, *, model: Manifest, instructi
     ends = _end_tokens(writer, chosen.tokenizer.id_of(chosen.tokenizer.eos), chosen.end_of_turn)
     if not ends:
         logger.warning(
-            "neither model nor template has an end token: every answer takes all of generate.max_new_tokens"
+            "neither model nor template has an end token: every answer takes all of generation.max_new_tokens"
         )
     journal = _Journal(output, json_digest([config.model_dump(mode="json"), model.digest, instructions.digest]))
     with memory_explained():
@@ -168,7 +168,7 @@ def _fitted(prompts: Sequence[Prompt], positions: int | None, new: int) -> tuple
     room = positions - new
     if room < 1:
         raise UserError(
-            f"generate.max_new_tokens: {new} leaves no room for a prompt in the model's {positions} positions;"
+            f"generation.max_new_tokens: {new} leaves no room for a prompt in the model's {positions} positions;"
             " lower it"
         )
     truncated = sum(len(prompt.tokens) > room for prompt in prompts)

@@ -98,13 +98,12 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
             if not any(_ends_with(name, target) for name in linear):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
                 raise UserError(
-                    f"finetune.adapter.targets: {target!r} matches no linear layer of {type(model).__name__};"
-                    f" it has {known}"
+                    f"adapter.targets: {target!r} matches no linear layer of {type(model).__name__}; it has {known}"
                 )
         found = [name for name in linear if any(_ends_with(name, target) for target in config.targets)]
     if not found:
         raise UserError(
-            f"finetune.adapter.targets: {type(model).__name__} has no linear layer besides its head; use method full"
+            f"adapter.targets: {type(model).__name__} has no linear layer besides its head; use method full"
         )
     return found
 

@@ -88,20 +88,20 @@ def check_model(model: PreTrainedModel, *, packed: bool) -> None:
     try:
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
-            raise UserError(f"finetune.base: the output head of {family} is no plain matrix; use another model")
+            raise UserError(f"base: the output head of {family} is no plain matrix; use another model")
         size = min(model.config.get_text_config().vocab_size, head.weight.shape[0])
         tokens = (torch.arange(2 * _TRIAL_TOKENS, device=head.weight.device) * 7 % size).unsqueeze(0)
         hidden = last_hidden_states(model, tokens)
         if not _close(head(hidden), model(input_ids=tokens, use_cache=False).logits):
             raise UserError(
-                f"finetune.base: {family} scales or caps its logits, which the chunked loss does not; use another one"
+                f"base: {family} scales or caps its logits, which the chunked loss does not; use another one"
             )
         if packed:
             positions = torch.arange(_TRIAL_TOKENS, device=tokens.device).repeat(2).unsqueeze(0)
             together = last_hidden_states(model, tokens, positions)[:, _TRIAL_TOKENS:]
             if not _close(together, last_hidden_states(model, tokens[:, _TRIAL_TOKENS:])):
                 raise UserError(
-                    f"finetune.base: {family} mixes conversations that are packed into one row; use another model, or"
+                    f"base: {family} mixes conversations that are packed into one row; use another model, or"
                     " an instructions.sequence_length that leaves each a row of its own"
                 )
     finally:

@@ -18,7 +18,6 @@ from modelmill.components.core import tracking
 from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.data.preference_rows import PreferenceRows, PreferenceSource, open_preferences
-from modelmill.components.data.section_names import told_as
 from modelmill.components.finetuning.base import open_base, read_model_config
 from modelmill.components.finetuning.dpo_config import DpoConfig, PreferenceObjectiveConfig
 from modelmill.components.finetuning.job import check_fit, refuse_missing_packages, run_job
@@ -64,16 +63,15 @@ def dpo(
         RankFailedError: a training process crashed.
     """
     place = launcher or LocalLauncher()
-    with told_as("dpo", instead_of="finetune"):
-        refuse_missing_packages(config.method)
-        found = open_base(base)
-        splits = {split: open_preferences(preferences, split) for split in ("train", "validation")}  # verified once
-        check_fit(read_model_config(found), config.training, preferences, "pairs")
-        place.check(config.training)
-        _announce(config, found.name, found.digest, preferences, splits["train"])
-        objective = config.objective.model_dump(mode="json")
-        spec = {"objective": objective}
-        result = run_job(MODULE, config, output, base=found, data=preferences, spec=spec, launcher=place)
+    refuse_missing_packages(config.method)
+    found = open_base(base)
+    splits = {split: open_preferences(preferences, split) for split in ("train", "validation")}  # verified once
+    check_fit(read_model_config(found), config.training, preferences, "pairs")
+    place.check(config.training)
+    _announce(config, found.name, found.digest, preferences, splits["train"])
+    objective = config.objective.model_dump(mode="json")
+    spec = {"objective": objective}
+    result = run_job(MODULE, config, output, base=found, data=preferences, spec=spec, launcher=place)
     return StepResult(result.kind, result.counts, result.metrics, {**result.metadata, "objective": objective})
 
 

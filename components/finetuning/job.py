@@ -29,7 +29,7 @@ def refuse_missing_packages(method: str) -> None:
     for package in needed:
         if find_spec(package) is None:
             raise UserError(
-                f"finetune.method: {method!r} needs the package {package}, which is not installed; install the extra"
+                f"method: {method!r} needs the package {package}, which is not installed; install the extra"
                 " 'finetune' or use another method"
             )
 

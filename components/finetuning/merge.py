@@ -182,6 +182,6 @@ def _refuse(difference: float, config: MergeConfig, what: str) -> None:
     # A comparison with nan is false, so it is asked for what must be.
     if not difference <= config.tolerance:
         raise UserError(
-            f"merge.tolerance: the {what} model's logits differ by {difference:.2e} from those of base and adapter,"
+            f"merging.tolerance: the {what} model's logits differ by {difference:.2e} from those of base and adapter,"
             f" {config.tolerance:g} is allowed; the weights are too large to merge exactly, so serve the adapter"
         )

@@ -48,7 +48,7 @@ def load_quantized(
     """
     if device.type not in _DEVICES:
         raise UserError(
-            f"finetune.method: bitsandbytes has no 4-bit kernels that train on {device.type!r}; use method lora, or a"
+            f"method: bitsandbytes has no 4-bit kernels that train on {device.type!r}; use method lora, or a"
             f" device of {', '.join(_DEVICES)}"
         )
     options = BitsAndBytesConfig(
@@ -59,19 +59,19 @@ def load_quantized(
         bnb_4bit_quant_storage=torch.bfloat16,
     )
     if stored_dtype(folder) == torch.float64:
-        raise UserError(f"finetune.method: {folder} holds fp64 weights, which qlora would narrow twice; use lora")
+        raise UserError(f"method: {folder} holds fp64 weights, which qlora would narrow twice; use lora")
     # Left out, transformers takes a GPU for the device map, even where the run was told to use the CPU.
     model = load_causal_lm(
         folder,
         dtype=dtype,
-        parameter="finetune.base",
+        parameter="base",
         attention=attention,
         quantization_config=options,
         device_map={"": device},
     )
     layers = list(four_bit_layers(model))
     if not layers:
-        raise UserError(f"finetune.method: {type(model).__name__} has no linear layer to quantise; use method full")
+        raise UserError(f"method: {type(model).__name__} has no linear layer to quantise; use method full")
     for layer in layers:
         # In evaluation mode on some CPUs a product repacks the weights for good, into bf16 scales and a layout that
         # has no backward pass: a run that validates would go on with gradients of zero.

@@ -43,7 +43,7 @@ def load(
             folder, config, compute=compute, dtype=dtype, attention=attention, device=device
         )
     else:
-        model = load_causal_lm(folder, dtype=dtype, parameter="finetune.base", attention=attention)
+        model = load_causal_lm(folder, dtype=dtype, parameter="base", attention=attention)
     causal_lm.check_model(model, packed=packed)
     if packed and device.type == "cpu":
         attend_by_conversation(model)

@@ -183,7 +183,7 @@ def test_prompts_without_room_lose_their_beginning(home: Home, tmp_path: Path, a
     made = produce(tmp_path / "a", generate, section(), model=model, instructions=answering.instructions)
     assert made.counts["truncated"] == sum(length > room for length in lengths) > 0
     assert made.counts["prompt_tokens"] == sum(min(length, room) for length in lengths)
-    with pytest.raises(UserError, match=f"^generate.max_new_tokens: {room + 12} leaves no room"):
+    with pytest.raises(UserError, match=f"^generation.max_new_tokens: {room + 12} leaves no room"):
         produce(
             tmp_path / "b",
             generate,

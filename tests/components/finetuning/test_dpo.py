@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_one_line(llama: Path, preferences: Manifest, tmp_p
     def counted(**changes: int) -> Manifest:
         return preferences.model_copy(update={"counts": {**preferences.counts, **changes}})
 
-    step(r"^dpo.adapter.targets: 'x' matches no linear layer", dpo_config(adapter={"targets": ["x"]}))
+    step(r"^adapter.targets: 'x' matches no linear layer", dpo_config(adapter={"targets": ["x"]}))
     step(r"^training.global_batch_size: 64 is more than the 60 pairs", dpo_config(global_batch_size=64))
     step(r"^preferences: .* is of kind tokens", data=preferences.model_copy(update={"kind": "tokens"}))
     step(r"^preferences: .* has no \(0, 25\) arrays", data=counted(train_rows=0))

@@ -92,7 +92,7 @@ def test_merging_is_refused_where_it_would_be_wrong(
     adapter, _ = run(finetune_config(), tmp_path / "run", instructions, llama)
     with pytest.raises(UserError, match=r"base: .* the adapter was trained on"):
         merged(exact, adapter, instructions, tmp_path / "1" / "data")
-    with pytest.raises(UserError, match=r"merge.tolerance: the merged model's logits differ"):
+    with pytest.raises(UserError, match=r"merging.tolerance: the merged model's logits differ"):
         merged(llama, adapter, instructions, tmp_path / "2" / "data", tolerance=1e-12)
     none = instructions.counts | {"validation_rows": 0, "test_rows": 0}
     with pytest.raises(UserError, match=r"no \(0, 25\) arrays"):

@@ -243,7 +243,7 @@ def test_what_cannot_be_quantised_is_one_line(
     exact: Path, llama: Path, instructions: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = finetune_config(method="qlora")
-    with pytest.raises(UserError, match=r"finetune.method: .* fp64 weights, .* use lora"):
+    with pytest.raises(UserError, match=r"^method: .* fp64 weights, .* use lora"):
         run(config, tmp_path / "1", instructions, exact)
     with pytest.raises(UserError, match=r"no 4-bit kernels that train on 'mps'; use method lora"):
         quantization.load_quantized(
