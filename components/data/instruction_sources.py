@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.data.files import DocumentFormat, list_files
@@ -12,6 +12,17 @@ from modelmill.components.data.formats import read_records
 from modelmill.components.data.huggingface import read_rows
 from modelmill.components.data.instruction_config import PARAMETER, DatasetRecords, FileRecords, S3Records
 from modelmill.components.data.sources import fetch_objects
+
+Source = TypeVar("Source")
+_RANKS = {"test": 0, "validation": 1, None: 3, "train": 4}  # documentation, which has no `into`, stands between
+
+
+def in_reading_order(sources: Sequence[Source]) -> list[tuple[int, Source]]:
+    """Sources with their numbers, those with a fixed split first and the held-out ones before all.
+
+    A prompt stands in the split that it came up in first, so one that is held out is not learnt.
+    """
+    return sorted(enumerate(sources), key=lambda item: _RANKS[item[1].into] if hasattr(item[1], "into") else 2)
 
 
 def read_source(

@@ -37,7 +37,7 @@ from modelmill.components.data.instruction_config import (
 )
 from modelmill.components.data.instruction_packing import TokenStore, write_rows
 from modelmill.components.data.instruction_rows import IGNORE, InstructionRows
-from modelmill.components.data.instruction_sources import read_source
+from modelmill.components.data.instruction_sources import in_reading_order, read_source
 from modelmill.components.data.preview import Shown, report, show, write_preview
 from modelmill.components.data.tokenizer_files import TokenizerFiles, load_tokenizer, span_mask
 
@@ -250,17 +250,9 @@ def prepare_instructions(
 def _read_sources(
     config: InstructionsConfig, collector: _Collector, corpus: Manifest | None, scratch: Path
 ) -> list[dict[str, Any]]:
-    """Read every source; returns what `instructions.json` says about each.
-
-    Those with a fixed split come first, the held-out ones before all: a prompt that stands there is not learnt.
-    """
-    ranks = {"test": 0, "validation": 1, None: 3, "train": 4}
-    order = sorted(
-        enumerate(config.source),
-        key=lambda item: 2 if isinstance(item[1], InstalledDocsQuestions) else ranks[item[1].into],
-    )
+    """Read every source; returns what `instructions.json` says about each."""
     reports: dict[int, dict[str, Any]] = {}
-    for number, source in order:
+    for number, source in in_reading_order(config.source):
         logger.info("reading %s", source.label)
         before, lost, skipped = collector.read, collector.losses, Counter[str]()
         if isinstance(source, InstalledDocsQuestions):

@@ -25,7 +25,7 @@ from modelmill.components.data.conversations import BadRecord, prompt_digest
 from modelmill.components.data.documents import SPLITS
 from modelmill.components.data.instruction_packing import TokenStore
 from modelmill.components.data.instruction_rows import IGNORE, InstructionRows
-from modelmill.components.data.instruction_sources import read_source
+from modelmill.components.data.instruction_sources import in_reading_order, read_source
 from modelmill.components.data.preference_config import PARAMETER, SECTION, InstalledDocsPairs, PreferencesConfig
 from modelmill.components.data.preference_records import Pair, pair_digest, read_documented, read_pair
 from modelmill.components.data.preference_rows import write_pairs
@@ -224,17 +224,9 @@ def prepare_preferences(
 def _read_sources(
     config: PreferencesConfig, collector: _Collector, corpus: Manifest | None, scratch: Path
 ) -> list[dict[str, Any]]:
-    """Read every source; returns what `preferences.json` says about each.
-
-    Those with a fixed split come first, the held-out ones before all: a prompt that stands there is not learnt.
-    """
-    ranks = {"test": 0, "validation": 1, None: 3, "train": 4}
-    order = sorted(
-        enumerate(config.source),
-        key=lambda item: 2 if isinstance(item[1], InstalledDocsPairs) else ranks[item[1].into],
-    )
+    """Read every source; returns what `preferences.json` says about each."""
     reports: dict[int, dict[str, Any]] = {}
-    for number, source in order:
+    for number, source in in_reading_order(config.source):
         logger.info("reading %s", source.label)
         before, lost, skipped = collector.read, collector.losses, Counter[str]()
         if isinstance(source, InstalledDocsPairs):
