@@ -12,6 +12,7 @@ from modelmill.components.core.events import STEP_VARIABLE
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepFunction
+from tests.components.forecasting.tables import Prepare
 
 Produce = Callable[..., Manifest]
 
@@ -41,3 +42,9 @@ def produce(tmp_path: Path) -> Produce:
         return produce_in(tmp_path / f"{step.__name__}{made}", step, config, **upstream)
 
     return run
+
+
+@pytest.fixture
+def prepare(produce: Produce, tmp_path: Path) -> Prepare:
+    """`prepare_series` on a table."""
+    return Prepare(produce, tmp_path)
