@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,28 +52,49 @@ class StopAfter(StopSignal):
         return super().requested()
 
 
-def measure(ranks: RankContext, spec: dict[str, Any], training: TrainingConfig) -> TrainingResult:
-    """Every scenario in a folder of its own name; what it gives out lies there."""
-    instructions, root = Manifest.model_validate(spec["instructions"]), ranks.scratch
+Train = Callable[[RankContext, str, dict[str, Any], Path], dict[str, int]]
+
+
+def measure_all(
+    ranks: RankContext, scenarios: Mapping[str, tuple[str, dict[str, Any]]], train_one: Train
+) -> TrainingResult:
+    """Every scenario in a folder of its own name, where what it gives out lies; `dropout` also stopped on its way.
+
+    Args:
+        ranks: of the job.
+        scenarios: name to base and changes of the section; one is called dropout.
+        train_one: trains a base with changes, and puts what it gives out into a folder.
+    """
     meshes = {shard: Mesh.build(ParallelConfig(processes_per_node=2, shard=shard), "cpu") for shard in (1, 2)}
     found: dict[str, Any] = {}
 
     def run(name: str, base: str, changes: dict[str, Any], stop: StopSignal) -> None:
-        config, folder = finetune_config(**changes), Path(spec[base])
-        scratch = root / name
+        scratch = ranks.scratch / name
         scratch.mkdir(exist_ok=True)
-        mesh = meshes[config.training.parallel.shard]
+        mesh = meshes[changes["parallel"].get("shard", 1)]
         context = replace(ranks, mesh=mesh, stop=stop, scratch=scratch)
-        found[name] = train(context, job_spec(config, folder, instructions, scratch / "data"), config.training).counts
+        found[name] = train_one(context, base, changes, scratch / "data")
 
-    for name, (base, changes) in SCENARIOS.items():
+    for name, (base, changes) in scenarios.items():
         run(name, base, changes, ranks.stop)
+    base, changes = scenarios["dropout"]
     try:
-        run("stopped", "llama", DROPOUT, StopAfter(2, calls=2, mine=ranks.rank == 1))
+        run("stopped", base, changes, StopAfter(2, calls=2, mine=ranks.rank == 1))
     except StopRequestedError as stop:
         found["message"] = str(stop)
-    run("stopped", "llama", DROPOUT, ranks.stop)
+    run("stopped", base, changes, ranks.stop)
     return TrainingResult(metadata={"found": found})
+
+
+def measure(ranks: RankContext, spec: dict[str, Any], training: TrainingConfig) -> TrainingResult:
+    """Every fine-tuning."""
+    instructions = Manifest.model_validate(spec["instructions"])
+
+    def train_one(context: RankContext, base: str, changes: dict[str, Any], output: Path) -> dict[str, int]:
+        config = finetune_config(**changes)
+        return train(context, job_spec(config, Path(spec[base]), instructions, output), config.training).counts
+
+    return measure_all(ranks, SCENARIOS, train_one)
 
 
 if __name__ == "__main__":

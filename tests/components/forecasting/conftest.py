@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ from modelmill.components.core.events import STEP_VARIABLE
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepFunction
-from tests.components.forecasting.tables import Prepare
-
-Produce = Callable[..., Manifest]
+from tests.components.forecasting.tables import Prepare, Produce
 
 
 def produce_in(folder: Path, step: StepFunction, config: Any, **upstream: Manifest) -> Manifest:
