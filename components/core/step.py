@@ -39,6 +39,7 @@ from modelmill.components.core.manifest import Manifest, canonical_json, json_di
 RECIPE_VARIABLE = "MODELMILL_RECIPE_HASH"
 FINISHED_VARIABLE = "MODELMILL_FINISHED_STEPS"  # steps that finished in the run this one resumes, with commas
 FRESH_VARIABLE = "MODELMILL_FRESH"  # set to anything: compute every step again
+IMAGE_VARIABLE = "MODELMILL_IMAGE"  # reference of the container image the step runs in; unset outside a cluster
 USER_ERROR_EXIT = 2
 logger = logging.getLogger("modelmill")
 
@@ -78,14 +79,15 @@ def options_of(function: StepFunction) -> StepOptions:
     return getattr(function, "step_options", StepOptions())
 
 
-def section(step: str, config: BaseModel, function: StepFunction | str, fingerprint: str = "") -> str:
+def section(step: str, config: BaseModel, function: StepFunction | str, fingerprint: str | None = "") -> str:
     """The one string a pipeline passes to a step.
 
     Args:
         step: name of the step in the pipeline (the function's name unless it is used twice).
         config: the step's own section of the recipe.
         function: the step function, or `module:name` so that a caller need not import it.
-        fingerprint: state of what the step reads from outside (versions, sizes, times, digests).
+        fingerprint: state of what the step reads from outside (versions, sizes, times, digests). None: the step looks
+            when it runs, where it runs, as a scheduled run must.
     """
     module = function.partition(":")[0] if isinstance(function, str) else function.__module__
     record = {
@@ -159,10 +161,9 @@ def _produce(
     values: Mapping[str, Any],
 ) -> tuple[Manifest, bool]:
     upstream = {parameter: Manifest.read(path) for parameter, path in inputs.items()}
-    digests = {parameter: manifest.digest for parameter, manifest in upstream.items()}
-    key = output_key(section_json, digests | {name: json_digest(value) for name, value in values.items()})
-    store, options = Home.current().store, options_of(function)
     config = _config_type(function).model_validate(record["config"])
+    key = output_key(section_json, _decided_at_run_time(record, config, upstream, values))
+    store, options = Home.current().store, options_of(function)
     tracking.log_params(record["config"])
     with _exclusive(store / name, key):
         done = finished_manifest(store, name, key) if _may_reuse(name, options) else None
@@ -171,6 +172,20 @@ def _produce(
             _replay(done)
             return done, True
         return _compute(function, config, {**upstream, **values}, store / name, key, record), False
+
+
+def _decided_at_run_time(
+    record: Mapping[str, Any], config: BaseModel, upstream: Mapping[str, Manifest], values: Mapping[str, Any]
+) -> dict[str, str]:
+    """What enters an output's key beside its section: inputs, the engine's values, the image, the state outside."""
+    digests = {parameter: manifest.digest for parameter, manifest in upstream.items()}
+    digests |= {name: json_digest(value) for name, value in values.items()}
+    if image := os.environ.get(IMAGE_VARIABLE):
+        digests["$image"] = image
+    fingerprint = getattr(config, "fingerprint", None)
+    if record["fingerprint"] is None and callable(fingerprint):
+        digests["$fingerprint"] = fingerprint()
+    return digests
 
 
 def _may_reuse(name: str, options: StepOptions) -> bool:

@@ -23,7 +23,7 @@ from modelmill.components.finetuning.dpo_config import DpoConfig, PreferenceObje
 from modelmill.components.finetuning.job import check_fit, refuse_missing_packages, run_job
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.journal import HISTORY
-from modelmill.components.training.launch import Launcher, LocalLauncher, TrainingResult
+from modelmill.components.training.launch import Launcher, TrainingResult, current_launcher
 from modelmill.components.training.worker import RankContext, run_rank
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def dpo(
         TrainingStoppedError: it was told to stop.
         RankFailedError: a training process crashed.
     """
-    place = launcher or LocalLauncher()
+    place = launcher or current_launcher()
     refuse_missing_packages(config.method)
     found = open_base(base)
     splits = {split: open_preferences(preferences, split) for split in ("train", "validation")}  # verified once

@@ -22,7 +22,7 @@ from modelmill.components.finetuning.config import FinetuneConfig
 from modelmill.components.finetuning.job import check_fit, refuse_missing_packages, run_job
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.journal import HISTORY, Journal
-from modelmill.components.training.launch import Launcher, LocalLauncher, TrainingResult
+from modelmill.components.training.launch import Launcher, TrainingResult, current_launcher
 from modelmill.components.training.worker import RankContext, run_rank
 
 MODULE = "modelmill.components.finetuning.finetune"
@@ -60,7 +60,7 @@ def finetune(
         TrainingStoppedError: it was told to stop.
         RankFailedError: a training process crashed.
     """
-    place = launcher or LocalLauncher()
+    place = launcher or current_launcher()
     refuse_missing_packages(config.method)
     found = open_base(base)
     if instructions.kind != "instructions":

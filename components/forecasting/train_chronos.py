@@ -26,9 +26,9 @@ from modelmill.components.training.journal import HISTORY, Journal, track_outcom
 from modelmill.components.training.launch import (
     LAUNCHED_VARIABLE,
     Launcher,
-    LocalLauncher,
     TrainingJob,
     TrainingResult,
+    current_launcher,
 )
 from modelmill.components.training.worker import RankContext, run_rank
 
@@ -69,7 +69,7 @@ def train_chronos(
         TrainingStoppedError: it was told to stop.
         RankFailedError: a training process crashed.
     """
-    place, training = launcher or LocalLauncher(), config.training
+    place, training = launcher or current_launcher(), config.training
     table, sizes = open_series(series), _sizes(config, base)
     horizon = _horizon(config, sizes)
     windows = _windows(config, sizes, series)

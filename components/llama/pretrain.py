@@ -27,9 +27,9 @@ from modelmill.components.training.journal import HISTORY, Journal, track_outcom
 from modelmill.components.training.launch import (
     LAUNCHED_VARIABLE,
     Launcher,
-    LocalLauncher,
     TrainingJob,
     TrainingResult,
+    current_launcher,
 )
 from modelmill.components.training.worker import RankContext, run_rank
 
@@ -96,7 +96,7 @@ def launch_training(
     Raises:
         UserError: they do not fit together, or training diverged.
     """
-    place, length, parallel = launcher or LocalLauncher(), tokens.counts["sequence_length"], training.parallel
+    place, length, parallel = launcher or current_launcher(), tokens.counts["sequence_length"], training.parallel
     if problem := layout_problem(model, parallel.tensor, length, parallel.sequence_parallel):
         raise UserError(problem)
     place.check(training)

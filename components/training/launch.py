@@ -6,6 +6,7 @@ the step; launchers for a cluster submit the same job elsewhere. Torch-free: the
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from modelmill.components.training.options import GPU_ATTENTION
 from modelmill.components.training.processes import PARENT_VARIABLE, available_cores, describe_exit
 
 LAUNCHED_VARIABLE = "MODELMILL_LAUNCHED"  # when the launcher began, seconds since the epoch
+LAUNCHER_VARIABLE = "MODELMILL_LAUNCHER"  # `module:class` and its configuration, JSON; see `current_launcher`
 STOPPED_EXIT = 75  # a rank that was told to stop and saved its checkpoint (EX_TEMPFAIL: try again)
 _BOOTSTRAP = "modelmill.components.training.torchrun"
 _LAST_LINES = 15
@@ -92,6 +94,28 @@ class Launcher(Protocol):
             TrainingStoppedError: it was told to stop and can be resumed.
             RankFailedError: a process crashed.
         """
+
+
+def current_launcher() -> Launcher:
+    """The launcher that the profile of the run asks for in `MODELMILL_LAUNCHER`, else the local one.
+
+    The variable holds `{"launcher": "module:class", "config": {...}}`; the class has `from_config(config)`, so a place
+    is imported only where it is used.
+
+    Raises:
+        UserError: the variable does not name a launcher of this installation, or its configuration is wrong.
+    """
+    text = os.environ.get(LAUNCHER_VARIABLE)
+    if not text:
+        return LocalLauncher()
+    try:
+        chosen = json.loads(text)
+        module, _, name = chosen["launcher"].partition(":")
+        if not module.startswith("modelmill.components.launchers."):
+            raise ValueError(f"{module!r} is no launcher")
+        return getattr(importlib.import_module(module), name).from_config(chosen["config"])
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{LAUNCHER_VARIABLE}: {error}; run through a profile, or unset it") from None
 
 
 @dataclass

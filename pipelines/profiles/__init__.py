@@ -1,0 +1,1 @@
+"""Profiles that ship: see `modelmill.pipelines.platform`."""
