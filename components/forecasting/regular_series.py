@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -70,6 +70,30 @@ class _Rows:
         rows = np.flatnonzero(chosen)
         named = sorted(self.numbers[rows[:NAMED]].tolist())
         refuse(what, [self.raw.place(row) for row in named], len(rows), remedy, parameter=parameter)
+
+    def forget_future(self) -> None:
+        """Take away what was not known at `as_of`: all later rows, or all of them but the known covariates.
+
+        Raises:
+            UserError: nothing is left.
+        """
+        until = self.config.known_until()
+        if until is None:
+            return
+        later = self.times > np.datetime64(until, "ns")
+        seen = np.bincount(self.codes[~later], minlength=len(self.raw.items)) > 0
+        if not seen.any():
+            first = f", the first row is of {stamp(self.times.min())}" if len(self.times) else ""
+            raise UserError(f"series.as_of: {self.config.as_of} lies before all rows{first}; give a later date")
+        # An item whose rows are all later does not exist yet.
+        codes = np.where(seen, np.cumsum(seen) - 1, -1)[self.raw.codes]
+        items = [item for item, kept in zip(self.raw.items, seen, strict=True) if kept]
+        self.raw, self.codes = replace(self.raw, items=items, codes=codes), codes
+        known = getattr(self.config.source[0], "known_covariates", [])
+        for name in self.columns.keys() - set(known):
+            self.columns[name] = np.where(later, np.nan, self.columns[name])
+        ahead = later & ~np.all([np.isnan(self.columns[name]) for name in known], axis=0) if known else False
+        self.take(np.flatnonzero((codes >= 0) & (~later | ahead)))
 
     def check_finite(self) -> None:
         for name, column in self.columns.items():
@@ -152,6 +176,7 @@ def make_regular(raw: RawSeries, config: SeriesConfig) -> RegularSeries:
             five of them, and the way to mend it.
     """
     rows = _Rows(raw, config)
+    rows.forget_future()
     rows.check_finite()
     if config.irregular == "round" and config.frequency is not None:
         moved = to_grid(parse_frequency(config.frequency), rows.times)

@@ -117,6 +117,7 @@ def _facts(config: SeriesConfig, table: SeriesTable, counts: dict[str, int]) -> 
     held = config.horizon * config.windows
     windows = f"the last {held:,} points of each series: {config.windows} windows of {config.horizon} steps"
     facts = {"held back": windows if held else "nothing", "covariates": _covariates(table)}
+    facts |= {"as of": config.as_of} if config.as_of else {}
     return facts | {name.replace("_", " "): f"{count:,}" for name, count in counts.items()}
 
 

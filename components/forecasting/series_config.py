@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date, datetime, time
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -132,6 +133,11 @@ class SeriesConfig(Section):
         default=1, ge=0, description="Backtest windows of a horizon each, held back at the end of every series."
     )
     min_context: int = Field(default=3, ge=1, description="Points before the first window that must not be missing.")
+    as_of: str = Field(
+        default="",
+        description="Date (its end) or time, without an offset, up to which rows are read; empty: all. Later rows count"
+        " for known covariates only, so that a run of the past can be done now, and again.",
+    )
     frequency: str | None = Field(
         default=None, description="pandas alias such as h, D, W-SUN or MS for all series; null infers one for each."
     )
@@ -169,6 +175,20 @@ class SeriesConfig(Section):
     def _listed(cls, value: Any) -> Any:
         return value if isinstance(value, (list, tuple)) else [value]
 
+    @field_validator("as_of", mode="before")
+    @classmethod
+    def _time(cls, value: Any) -> Any:
+        if isinstance(value, date):  # what YAML makes of a date
+            value = value.isoformat()
+        if isinstance(value, str) and value:
+            try:
+                parsed = datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError(f"{value!r} is no time; write 2024-01-31 or 2024-01-31T12:00:00") from None
+            if parsed.tzinfo is not None:
+                raise ValueError(f"{value!r} has an offset; write it without, in the zone of series.timezone")
+        return value
+
     @field_validator("frequency")
     @classmethod
     def _canonical(cls, alias: str | None) -> str | None:
@@ -201,6 +221,13 @@ class SeriesConfig(Section):
         if any(pair != named[0] for pair in named):
             raise ValueError("source: the sources differ in their covariates; give each the same ones")
         return self
+
+    def known_until(self) -> datetime | None:
+        """The last moment of `as_of`; None where every row counts."""
+        if not self.as_of:
+            return None
+        moment = datetime.fromisoformat(self.as_of)
+        return datetime.combine(moment, time.max) if len(self.as_of) <= len("2024-01-31") else moment
 
     def fingerprint(self) -> str:
         """State of what the sources read: versions, or names, sizes and times.
