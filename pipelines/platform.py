@@ -9,15 +9,24 @@ A profile is one YAML file below `profiles/`, or in the folder `MODELMILL_PROFIL
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.images import image
+from modelmill.components.core.presets import Presets, check
 from modelmill.components.core.recipe import Section
 from modelmill.components.launchers.sagemaker_config import SageMakerConfig
 from modelmill.components.launchers.trainjob_config import Toleration, TrainJobConfig
 
 LauncherName = Literal["local", "trainjob", "sagemaker"]
+ImageFamily = Literal["cpu", "gpu", "neuron"]
+PROFILES_VARIABLE = "MODELMILL_PROFILES"  # folder with the profiles of a team; searched before the shipped ones
+PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
 class ImagesConfig(Section):
@@ -27,6 +36,10 @@ class ImagesConfig(Section):
     cpu: str = Field(default="", description="Reference of the cpu image; empty: registry, name and package version.")
     gpu: str = Field(default="", description="Reference of the gpu image.")
     neuron: str = Field(default="", description="Reference of the neuron image.")
+
+    def reference(self, family: ImageFamily) -> str:
+        """The image of a family: its own, else registry, name and package version; empty without a registry."""
+        return getattr(self, family) or (image(family, self.registry) if self.registry else "")
 
 
 class VolumeConfig(Section):
@@ -40,7 +53,7 @@ class VolumeConfig(Section):
 class StepResources(Section):
     """What the pod of one step asks for; requests equal limits, so that nothing is evicted for what it never asked."""
 
-    image: Literal["cpu", "gpu", "neuron"] = Field(default="cpu", description="Image family of the step.")
+    image: ImageFamily = Field(default="cpu", description="Image family of the step.")
     cpu: str = Field(default="2", description="CPUs.")
     memory: str = Field(default="8Gi", description="Memory.")
     accelerator: str | None = Field(default=None, description="Resource name of a device, such as nvidia.com/gpu.")
@@ -99,11 +112,117 @@ class Profile(Section):
     tracking: TrackingServer = TrackingServer()
     kfp: KfpConfig = KfpConfig()
     environment: dict[str, str] = Field(default={}, description="Variables of every step.")
-    step_timeout_seconds: PositiveInt | None = Field(default=None, description="Longest life of a step's pod.")
+    step_timeout_seconds: PositiveInt | None = Field(
+        default=None, description="Longest life of a step's pod; one that launches a training job waits for it."
+    )
     retries: NonNegativeInt = Field(default=1, description="How often a failed step is tried again.")
+    device: str | None = Field(
+        default=None, description="Device that estimates of memory and time assume, such as h100; null: by the recipe."
+    )
+    price_per_hour: NonNegativeFloat | None = Field(
+        default=None, description="Price of one node of a training job; null shows no cost."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trainjob_belongs_to_the_run(cls, values: Any) -> Any:
+        """What a training job shares with the run is said once: namespace, account, volume, image."""
+        job = values.get("trainjob") if isinstance(values, Mapping) else None
+        if not isinstance(job, Mapping):
+            return values
+        home = values.get("home")
+        shared = {name: home[name] for name in ("claim", "mount") if name in home} if isinstance(home, Mapping) else {}
+        for name in ("namespace", "service_account"):
+            shared[name] = values.get(name, cls.model_fields[name].default)
+        try:
+            images = ImagesConfig.model_validate(values.get("images") or {})
+        except ValidationError:
+            return values  # reported with its place when the section itself is checked
+        shared["image"] = images.reference(_family(job.get("accelerator")))
+        own = {name: value for name, value in job.items() if value or name != "image"}
+        return {**values, "trainjob": {**shared, **own}}
 
     @model_validator(mode="after")
     def _launcher_has_its_place(self) -> Self:
         if self.launcher != "local" and getattr(self, self.launcher) is None:
             raise ValueError(f"{self.launcher}: missing; launcher {self.launcher} needs this section")
         return self
+
+    @model_validator(mode="after")
+    def _cluster_has_a_home(self) -> Self:
+        if self.where == "cluster" and self.home is None:
+            raise ValueError(
+                "home: missing; the pods of a run on a cluster share one volume, name its claim and mount"
+            )
+        job, longest = self.trainjob, self.step_timeout_seconds
+        if self.launcher == "trainjob" and job and longest and (job.deadline_seconds or longest + 1) > longest:
+            raise ValueError(
+                f"step_timeout_seconds: {longest} is less than trainjob.deadline_seconds {job.deadline_seconds};"
+                " the step that launches a training job waits for its end, so raise it or leave it out"
+            )
+        return self
+
+    def image(self, family: ImageFamily) -> str:
+        """Reference of an image family.
+
+        Raises:
+            UserError: the profile names no registry.
+        """
+        reference = self.images.reference(family)
+        if not reference:
+            raise UserError(f"images.registry: {self._empty()}")
+        return reference
+
+    def check_submittable(self) -> None:
+        """Refuse a run on a cluster before anything is sent, when the profile leaves out what only a team knows.
+
+        Raises:
+            UserError: the empty parameters and where to set them.
+        """
+        if self.where != "cluster":
+            raise UserError(f"profile: {self.name} is for this machine; choose one of a cluster")
+        families = {self.step.image, *([self.device_step.image] if self.device_step else [])}
+        missing = [] if all(self.images.reference(family) for family in families) else ["images.registry"]
+        if self.launcher == "trainjob" and self.trainjob is not None and not self.trainjob.image:
+            missing = missing or ["trainjob.image"]
+        if missing:
+            raise UserError("; ".join(f"{name}: {self._empty()}" for name in missing))
+
+    def _empty(self) -> str:
+        return f"empty; set it in a profile of your own that extends {self.name}"
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles of the team and of those that ship.
+
+    Raises:
+        UserError: `MODELMILL_PROFILES` names no folder.
+    """
+    return _presets().names()
+
+
+def load_profile(reference: str, overrides: Sequence[str] = ()) -> Profile:
+    """Read, extend, override and check a profile.
+
+    Args:
+        reference: a name that `profile_names` has, or the path of a YAML file.
+        overrides: `dotted.key=value`, the value read as YAML.
+
+    Raises:
+        UserError: one line naming the profile or the parameter, its value and the fix.
+    """
+    return check(Profile, _presets().read(reference, overrides), "profile")
+
+
+def _presets() -> Presets:
+    own = os.environ.get(PROFILES_VARIABLE)
+    if own and not Path(own).is_dir():
+        raise UserError(f"{PROFILES_VARIABLE}: {own} is not a folder; name the one with your profiles, or unset it")
+    folders = (Path(own), PROFILES) if own else (PROFILES,)
+    return Presets("profile", folders, "--profile-set", "images.registry=HOST/PATH", "modelmill list")
+
+
+def _family(accelerator: Any) -> ImageFamily:
+    """Image family of training processes on a device, by its resource name."""
+    name = str(accelerator or "")
+    return "neuron" if "neuron" in name else "gpu" if name else "cpu"

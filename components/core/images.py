@@ -14,8 +14,8 @@ from modelmill.components.core.code import package_version
 _FAMILIES = {"cpu": "modelmill-cpu-python", "gpu": "modelmill-gpu-python", "neuron": "modelmill-neuron-python"}
 
 
-def image(family: str) -> str:
-    """Image reference of a family: `cpu`, `gpu` or `neuron`."""
-    registry = os.environ.get("MODELMILL_IMAGE_REGISTRY", "").rstrip("/")
+def image(family: str, registry: str | None = None) -> str:
+    """Image reference of a family: `cpu`, `gpu` or `neuron`; without a registry, that of the environment."""
+    registry = (os.environ.get("MODELMILL_IMAGE_REGISTRY", "") if registry is None else registry).rstrip("/")
     name = f"{_FAMILIES[family]}:{package_version().replace('+', '-')}"
     return f"{registry}/{name}" if registry else name
