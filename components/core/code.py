@@ -91,13 +91,27 @@ def reachable_modules(module: str) -> dict[str, Path]:
 
 
 @cache
+def source_digest(module: str) -> str:
+    """Digest (16 hex digits) of the sources a step's module reaches: the same on every machine that holds them.
+
+    For runs elsewhere, where the image and not this machine decides what runs the sources.
+    """
+    return _sources(module, hashlib.sha256()).hexdigest()[:16]
+
+
+def _sources(module: str, digest: hashlib._Hash) -> hashlib._Hash:
+    for name, path in sorted(reachable_modules(module).items()):
+        digest.update(name.encode())
+        digest.update(path.read_bytes())
+    return digest
+
+
+@cache
 def code_digest(module: str) -> str:
     """Digest (16 hex digits) of the sources a step's module reaches and of what runs them."""
     # The interpreter too: its syntax tree and its Unicode tables decide the bytes of a corpus.
     digest = hashlib.sha256(f"python=={sys.version_info.major}.{sys.version_info.minor}".encode())
-    for name, path in sorted(reachable_modules(module).items()):
-        digest.update(name.encode())
-        digest.update(path.read_bytes())
+    _sources(module, digest)
     for library in _LIBRARIES:
         try:
             digest.update(f"{library}=={importlib.metadata.version(library)}".encode())

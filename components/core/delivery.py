@@ -1,6 +1,6 @@
 """Bring what the steps of a run wrote to their spools into MLflow, once each, whatever dies on the way.
 
-    python -m modelmill.components.core.delivery RUN_FOLDER [--follow]
+    python -m modelmill.components.core.delivery RUN_FOLDER [--follow] [--only STEP]
 
 One parent run per pipeline run (found again by its tag `modelmill.run_id`), one nested run per step. The offset of a
 spool is stored after each delivered batch. A batch that was delivered but not yet noted is sent again after a crash:
@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from modelmill.components.core.events import read_lines
 from modelmill.components.core.home import Home
 from modelmill.components.core.mlflow_store import StoreUnavailable, safe_uri
 from modelmill.components.core.mlflow_writer import RunWriter
-from modelmill.components.core.tracking import RUN_SPOOL, Point, points_before
+from modelmill.components.core.tracking import CHILD_MARK, RUN_SPOOL, Point, points_before
 
 logger = logging.getLogger("modelmill")
 _CHUNK = 2000  # records read from a spool before its offset is stored
@@ -67,9 +67,9 @@ class _State:
     complete: bool = False
 
     @classmethod
-    def load(cls, run_dir: Path, tracking_uri: str) -> _State:
+    def load(cls, run_dir: Path, tracking_uri: str, only: str | None = None) -> _State:
         """State of a run for a store; another store starts from the beginning of the spools."""
-        path = run_dir / "spool" / ".delivery.json"
+        path = run_dir / "spool" / _own(".delivery.json", only)
         kept = _read_json(path)
         if kept.get("tracking_uri") == safe_uri(tracking_uri):
             return cls(path, safe_uri(tracking_uri), dict(kept["offsets"]), bool(kept["complete"]))
@@ -80,13 +80,16 @@ class _State:
         _write_json(self.path, content)
 
 
-def deliver(run_dir: Path, tracking_uri: str | None = None, *, follow: bool = False) -> DeliveryReport:
+def deliver(
+    run_dir: Path, tracking_uri: str | None = None, *, follow: bool = False, only: str | None = None
+) -> DeliveryReport:
     """Deliver a run's spools to a tracking store.
 
     Args:
         run_dir: the run's folder.
         tracking_uri: the store; default `Home.current().tracking_uri`.
         follow: keep delivering until the run has ended (or whoever started this process is gone).
+        only: deliver one step and leave the others alone: each has an MLflow run of its own to nest below.
 
     Returns:
         What was done. A store that is down is a warning there, not an error: nothing is lost.
@@ -99,8 +102,8 @@ def deliver(run_dir: Path, tracking_uri: str | None = None, *, follow: bool = Fa
         raise UserError(f"run: {run_dir} does not exist; `modelmill runs` lists the runs")
     (run_dir / "spool").mkdir(exist_ok=True)
     uri = tracking_uri or Home.current().tracking_uri
-    with _alone(run_dir, wait=True):
-        delivery = _Delivery(run_dir, uri)
+    with _alone(run_dir, wait=True, only=only):
+        delivery = _Delivery(run_dir, uri, only)
         _follow(delivery) if follow else _drain(delivery, _ATTEMPTS)
         return delivery.report
 
@@ -114,7 +117,7 @@ def deliver_pending(home: Home) -> list[DeliveryReport]:
     down: set[str] = set()
     for spool in sorted(home.runs.glob("*/spool")):
         kept = _read_json(spool / ".delivery.json")
-        if kept.get("complete") and not _unread(spool, kept.get("offsets", {})):
+        if kept.get("complete") and not _unread(spool.glob("*.jsonl"), kept.get("offsets", {})):
             continue
         uri = kept.get("tracking_uri")
         uri = home.tracking_uri if uri in (None, safe_uri(home.tracking_uri)) else str(uri)
@@ -128,18 +131,17 @@ def deliver_pending(home: Home) -> list[DeliveryReport]:
     return reports
 
 
-def _unread(spool: Path, offsets: dict[str, int]) -> bool:
-    """Whether a folder of spools holds a record behind the offsets."""
-    paths = sorted(spool.glob("*.jsonl"))
+def _unread(paths: Iterable[Path], offsets: dict[str, int]) -> bool:
+    """Whether any of the spools holds a record behind its offset."""
     return any(next(read_lines(path, offsets.get(path.stem, 0)), None) is not None for path in paths)
 
 
 class _Delivery:
     """The spools of one run and where they go."""
 
-    def __init__(self, run_dir: Path, uri: str) -> None:
-        self.run_dir, self.uri, self.spool = run_dir, uri, run_dir / "spool"
-        self.state = _State.load(run_dir, uri)
+    def __init__(self, run_dir: Path, uri: str, only: str | None = None) -> None:
+        self.run_dir, self.uri, self.spool, self.only = run_dir, uri, run_dir / "spool", only
+        self.state = _State.load(run_dir, uri, only)
         if not self.state.path.exists():
             self.state.save()  # says at once where this run belongs, should the store be down
         self.report = DeliveryReport(run_dir.name)
@@ -155,7 +157,7 @@ class _Delivery:
         Raises:
             StoreUnavailable: the store went away; what was delivered until then is noted.
         """
-        if not _unread(self.spool, self.state.offsets):
+        if not self._unread():
             self.report.complete = self.state.complete
             return 0
         writer = self._open()
@@ -170,7 +172,7 @@ class _Delivery:
                     self.state.offsets[name] = end
                     self.state.save()
                     self.report.records += len(records)
-            if self.ended() and not _unread(self.spool, self.state.offsets):
+            if self.ended() and not self._unread():
                 writer.close_open_steps()
                 self.state.complete = self.report.complete = True
                 self.state.save()
@@ -180,9 +182,16 @@ class _Delivery:
             raise
         return self.report.records - before
 
+    def _unread(self) -> bool:
+        paths = [self.spool / f"{name}.jsonl" for name in self._spools()]
+        return _unread(paths, self.state.offsets)
+
     def _spools(self) -> list[str]:
         """Names of the spools, the run's own first."""
-        return sorted((path.stem for path in self.spool.glob("*.jsonl")), key=lambda name: (name != RUN_SPOOL, name))
+        names = (path.stem for path in self.spool.glob("*.jsonl"))
+        if self.only is not None:
+            names = (name for name in names if name.partition(CHILD_MARK)[0] == self.only)
+        return sorted(names, key=lambda name: (name != RUN_SPOOL, name))
 
     def _read(self, name: str) -> tuple[int, list[tuple[int, dict[str, Any]]]] | None:
         """The next records of a spool with the offset after them, or None at its end."""
@@ -215,7 +224,8 @@ class _Delivery:
 
         Below a foreign MLflow run a process may have no spool of the run itself; its steps speak for it.
         """
-        spools = [RUN_SPOOL] if (self.spool / f"{RUN_SPOOL}.jsonl").exists() else self._spools()
+        alone = self.only is None and (self.spool / f"{RUN_SPOOL}.jsonl").exists()
+        spools = [RUN_SPOOL] if alone else self._spools()
         return bool(spools) and all(self._last_boundary(name) == "end" for name in spools)
 
     def _last_boundary(self, name: str) -> str | None:
@@ -261,7 +271,7 @@ class _Delivery:
             "tracking_uri": safe_uri(self.uri),
             "steps": self.writer.step_run_ids,
         }
-        _write_json(self.run_dir / "mlflow.json", content)
+        _write_json(self.run_dir / _own("mlflow.json", self.only), content)
 
 
 def _drain(delivery: _Delivery, attempts: int) -> bool:
@@ -304,11 +314,17 @@ def _follow(delivery: _Delivery) -> None:
 
 
 @contextmanager
-def _alone(run_dir: Path, *, wait: bool) -> Iterator[None]:
+def _alone(run_dir: Path, *, wait: bool, only: str | None = None) -> Iterator[None]:
     """One delivery a run at a time; a second one waits for the first, or raises `BlockingIOError`."""
-    with (run_dir / "spool" / ".delivery.lock").open("w") as lock:
+    with (run_dir / "spool" / _own(".delivery.lock", only)).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+def _own(name: str, only: str | None) -> str:
+    """A file's name for the delivery of one step: `.delivery-pretrain.json`."""
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}-{only}{dot}{suffix}" if only else name
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -330,12 +346,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m modelmill.components.core.delivery", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--follow", action="store_true", help="keep delivering until the run has ended")
+    parser.add_argument("--only", metavar="STEP", help="deliver this step alone")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     if chosen.follow:
         os.nice(5)  # beside a training run that uses every core, tracking can wait
     try:
-        report = deliver(chosen.run, follow=chosen.follow)
+        report = deliver(chosen.run, follow=chosen.follow, only=chosen.only)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

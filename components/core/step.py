@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -30,7 +31,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modelmill.components.core import events, tracking
+from modelmill.components.core import events, pod, tracking
 from modelmill.components.core.code import code_digest
 from modelmill.components.core.errors import UserError, disk_error
 from modelmill.components.core.home import Home
@@ -63,13 +64,17 @@ class StepOptions:
 
     reuse: bool = True  # False for side effects such as registering: they run every time
     resumable: bool = False  # True keeps the unfinished folder of a failed attempt
+    device: bool = False  # True for a step that runs a model: a cluster gives its pod a device
+    launches: bool = False  # True for a step that starts training processes: a cluster gives it a launcher
 
 
-def step_options(*, reuse: bool = True, resumable: bool = False) -> Callable[[StepFunction], StepFunction]:
+def step_options(
+    *, reuse: bool = True, resumable: bool = False, device: bool = False, launches: bool = False
+) -> Callable[[StepFunction], StepFunction]:
     """Mark a step function with its options."""
 
     def mark(function: StepFunction) -> StepFunction:
-        function.step_options = StepOptions(reuse, resumable)  # type: ignore[attr-defined]
+        function.step_options = StepOptions(reuse, resumable, device, launches)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -139,9 +144,10 @@ def run_step(
     record = json.loads(section_json)
     name = record["step"]
     os.environ[events.STEP_VARIABLE] = name
-    with _log_file(name) as console, _explained(console):
+    with pod.entered(name, values or {}), _log_file(name) as console, _explained(console):
         began = time.monotonic()
         events.emit("started", pid=os.getpid())
+        pod.check_code(function.__module__, record["code"])
         run = events.run_directory()
         tracking.record("start", run=run.name if run else "")
         manifest, reused = _produce(function, name, section_json, record, inputs, values or {})
@@ -304,13 +310,20 @@ def _log_file(name: str) -> Iterator[int]:
     """
     folder = events.run_directory()
     saved: tuple[int, int] | None = None
+    copier: subprocess.Popen[bytes] | None = None
     if folder is not None:
         path = folder / "logs" / f"{name}.log"
         sys.stdout.flush()
         sys.stderr.flush()
         with suppress(OSError):  # a full or read-only disk: the step itself says so, on the console
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            if pod.active():  # its log is read while the home is not mounted where people are
+                copier = pod.tee(path)
+                assert copier.stdin is not None
+                descriptor = os.dup(copier.stdin.fileno())
+                copier.stdin.close()
+            else:
+                descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             saved = os.dup(1), os.dup(2)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
@@ -327,6 +340,9 @@ def _log_file(name: str) -> Iterator[int]:
             for number, copy in enumerate(saved, start=1):
                 os.dup2(copy, number)
                 os.close(copy)
+        if copier is not None:
+            with suppress(subprocess.TimeoutExpired):  # a process the step forgot still holds the pipe
+                copier.wait(5)
 
 
 @contextmanager
