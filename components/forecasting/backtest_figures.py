@@ -7,20 +7,18 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from modelmill.components.evaluation.svg import INK, STYLE, svg
 from modelmill.components.forecasting.backtest_config import SEASONAL_NAIVE
-from modelmill.components.forecasting.metrics import intervals
+from modelmill.components.forecasting.fan_chart import BASELINE, FORECAST, Fan, fan_chart
 
-_FORECAST, _NAIVE = "#4c8bf5", "#e8710a"
 _OTHERS = ("#12a067", "#a66bd6", "#d6336c", "#868e96", "#c99700")
 
 
-def fan_chart(drawn: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """A series with the forecasts of its last windows: median, central intervals, and Seasonal Naive's median.
+def windows_chart(drawn: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """A series with the forecasts of its last windows, and Seasonal Naive's median.
 
     Args:
         drawn: an entry of `drawn` in `backtest.json`.
@@ -29,35 +27,16 @@ def fan_chart(drawn: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     Returns:
         An `<svg>` element.
     """
-    levels = record["summary"]["calibration"]["levels"]
     times = np.array(drawn["times"], "datetime64[s]")
     values = np.array([np.nan if value is None else value for value in drawn["values"]])
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(times, values, color=INK, linewidth=1.1, label="actual")
-        for number, forecast in enumerate(drawn["forecasts"]):
-            begin = forecast["origin"] - drawn["begin"]
-            shown = times[begin : begin + record["plan"]["horizon"]]
-            quantiles = np.array(forecast["quantiles"])
-            for low, high in intervals(levels):
-                axes.fill_between(
-                    shown, quantiles[:, low], quantiles[:, high], color=_FORECAST, alpha=0.12, linewidth=0
-                )
-            marker = "o" if len(shown) == 1 else None
-            first = number == 0
-            name = record["summary"]["candidate"] if first else None
-            axes.plot(shown, quantiles[:, levels.index(0.5)], color=_FORECAST, marker=marker, label=name)
-            if record["summary"]["candidate"] != SEASONAL_NAIVE:
-                naive = SEASONAL_NAIVE if first else None
-                axes.plot(shown, forecast["naive"], color=_NAIVE, linewidth=1, linestyle=(0, (4, 3)), label=naive)
-            axes.axvline(shown[0], color=INK, alpha=0.25, linewidth=0.8)
-        locator = AutoDateLocator()
-        axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-        axes.margins(x=0.01)
-        figure.legend(loc="outside upper left", ncols=3)
-        return svg(figure, f"Forecast and actual of the {drawn['role']} series")
+    name, fans = record["summary"]["candidate"], []
+    for forecast in drawn["forecasts"]:
+        begin = forecast["origin"] - drawn["begin"]
+        shown = times[begin : begin + record["plan"]["horizon"]]
+        naive = None if name == SEASONAL_NAIVE else np.array(forecast["naive"])
+        fans.append(Fan(shown, np.array(forecast["quantiles"]), naive))
+    levels, title = record["summary"]["calibration"]["levels"], f"Forecast and actual of the {drawn['role']} series"
+    return fan_chart(times, values, fans, levels, title=title, name=name, baseline=SEASONAL_NAIVE)
 
 
 def calibration_curve(summary: Mapping[str, Any]) -> str:
@@ -104,5 +83,5 @@ def _lines(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
         name = row["name"]
         if name == summary["candidate"]:
             continue
-        found.append((name, _NAIVE if name == SEASONAL_NAIVE else next(others), 1.3))
-    return [*found, (summary["candidate"], _FORECAST, 2.4)]
+        found.append((name, BASELINE if name == SEASONAL_NAIVE else next(others), 1.3))
+    return [*found, (summary["candidate"], FORECAST, 2.4)]

@@ -21,10 +21,10 @@ def write_report(output: Path, record: Mapping[str, Any]) -> None:
         record: content of `backtest.json`.
     """
     # Imported here, so that a reused step does not pay for matplotlib.
-    from modelmill.components.forecasting.backtest_figures import calibration_curve, error_by_step, fan_chart
+    from modelmill.components.forecasting.backtest_figures import calibration_curve, error_by_step, windows_chart
 
     summary, metric = record["summary"], _NAMES[record["metric"]]
-    figures = {f"series-{number}": fan_chart(drawn, record) for number, drawn in enumerate(record["drawn"], 1)}
+    figures = {f"series-{number}": windows_chart(drawn, record) for number, drawn in enumerate(record["drawn"], 1)}
     figures["calibration"] = calibration_curve(summary)
     figures["error-by-step"] = error_by_step(summary)
     (output / FIGURES).mkdir()

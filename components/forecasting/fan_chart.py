@@ -1,74 +1,79 @@
-"""A forecast as a picture: the end of a series, the median, bands between pairs of quantiles, and what came."""
+"""A series and its forecasts as a picture: median and central intervals, beside what came."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
 
-from modelmill.components.evaluation.page import text
+from modelmill.components.evaluation.svg import INK, STYLE, svg
+from modelmill.components.forecasting.metrics import intervals
 
-_WIDTH, _HEIGHT, _MARGIN = 600.0, 160.0, 4.0
-_LINE, _BAND, _ACTUAL = "#4c8bf5", "#e8710a", "currentColor"
+FORECAST, BASELINE = "#4c8bf5", "#e8710a"
+
+
+@dataclass(frozen=True)
+class Fan:
+    """A forecast from one origin.
+
+    Attributes:
+        times: of its steps, datetime64 [steps].
+        quantiles: [steps, levels], nan where there is none.
+        baseline: another forecaster's median [steps], if it is shown.
+    """
+
+    times: np.ndarray
+    quantiles: np.ndarray
+    baseline: np.ndarray | None = None
 
 
 def fan_chart(
-    history: np.ndarray,
-    forecast: np.ndarray,
+    times: np.ndarray,
+    values: np.ndarray,
+    fans: Sequence[Fan],
     levels: Sequence[float],
     *,
     title: str,
-    actual: np.ndarray | None = None,
-    shown: int | None = None,
+    name: str = "forecast",
+    baseline: str = "",
 ) -> str:
-    """Draw a forecast.
+    """Draw a series with forecasts.
 
     Args:
-        history: points before the origin, nan where missing.
-        forecast: quantiles [horizon, levels]; nan where there is none.
-        levels: rising, with 0.5 among them.
+        times: of the points, datetime64 [points].
+        values: of the points, nan where missing.
+        fans: forecasts, the earliest first.
+        levels: of their quantiles, rising, with 0.5 among them.
         title: what the picture is of, for readers who cannot see it.
-        actual: what came [at most horizon], if it is known.
-        shown: points of the history that are drawn at most; default three times the horizon and at least 50.
+        name: of the forecaster, in the legend.
+        baseline: name of the other forecaster.
 
     Returns:
         An `<svg>` element.
     """
-    horizon = len(forecast)
-    recent = np.asarray(history, np.float64)[-(shown or max(3 * horizon, 50)) :]
-    came = np.full(horizon, np.nan) if actual is None else np.asarray(actual, np.float64)
-    everything = np.concatenate([recent, forecast.reshape(-1), came])
-    finite = everything[np.isfinite(everything)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    middle = high == low
-    total = max(len(recent) + horizon - 1, 1)
-
-    def points(values: np.ndarray, begin: int) -> list[str]:
-        """Coordinates, cut where points are missing."""
-        parts: list[list[str]] = [[]]
-        for number, value in enumerate(values):
-            if not np.isfinite(value):
-                parts.append([])
-                continue
-            share = 0.5 if middle else (value - low) / (high - low)
-            x = (begin + number) / total * _WIDTH
-            parts[-1].append(f"{x:.1f},{(1 - share) * (_HEIGHT - 2 * _MARGIN) + _MARGIN:.1f}")
-        return [" ".join(part) for part in parts if part]
-
-    shapes = []
-    lower, upper = 0, len(levels) - 1
-    while lower < upper:
-        bottom, top = (points(forecast[:, level], len(recent)) for level in (lower, upper))
-        if bottom and top:
-            outline = " ".join([*bottom, *" ".join(top).split()[::-1]])
-            shapes.append(f'<polygon points="{outline}" fill="{_BAND}" fill-opacity="0.18"/>')
-        lower, upper = lower + 1, upper - 1
-    lines = [(part, _LINE, "") for part in points(recent, 0)]
-    median = forecast[:, list(levels).index(0.5)]
-    lines += [(part, _BAND, "") for part in points(median, len(recent))]
-    lines += [(part, _ACTUAL, ' stroke-dasharray="3 3"') for part in points(came, len(recent))]
-    for coordinates, colour, dash in lines:
-        look = f'fill="none" stroke="{colour}"{dash} vector-effect="non-scaling-stroke"'
-        shapes.append(f'<polyline points="{coordinates}" {look}/>')
-    box = f'viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" preserveAspectRatio="none" style="height:{_HEIGHT:g}px"'
-    return f'<svg {box} role="img" aria-label="{text(title)}">{"".join(shapes)}</svg>'
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 3.0), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(times, values, color=INK, linewidth=1.1, label="actual")
+        for number, fan in enumerate(fans):
+            first = number == 0
+            for low, high in intervals(levels):
+                axes.fill_between(
+                    fan.times, fan.quantiles[:, low], fan.quantiles[:, high], color=FORECAST, alpha=0.12, linewidth=0
+                )
+            median, marker = fan.quantiles[:, list(levels).index(0.5)], "o" if len(fan.times) == 1 else None
+            axes.plot(fan.times, median, color=FORECAST, marker=marker, label=name if first else None)
+            if fan.baseline is not None:
+                label, dashes = baseline if first else None, (0, (4, 3))
+                axes.plot(fan.times, fan.baseline, color=BASELINE, linewidth=1, linestyle=dashes, label=label)
+            axes.axvline(fan.times[0], color=INK, alpha=0.25, linewidth=0.8)
+        locator = AutoDateLocator()
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        axes.margins(x=0.01)
+        figure.legend(loc="outside upper left", ncols=3)
+        return svg(figure, title)

@@ -14,9 +14,8 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.model_folder import digest_of
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.evaluation.page import html_table, markdown_table, page, text
-from modelmill.components.forecasting.fan_chart import fan_chart
 from modelmill.components.forecasting.forecast_config import ForecastConfig
 from modelmill.components.forecasting.forecast_model import open_forecaster
 from modelmill.components.forecasting.forecaster import Forecaster
@@ -28,9 +27,11 @@ from modelmill.components.forecasting.series_table import SeriesTable, open_seri
 FILE, HTML, MARKDOWN = "forecasts.parquet", "report.html", "report.md"
 _TOGETHER = 4096  # series that are read, forecast and written together
 _LISTED = 20
+_HISTORY, _LEAST_HISTORY = 3, 50  # horizons and points before a forecast that are drawn
 logger = logging.getLogger("modelmill")
 
 
+@step_options(device=True)
 def forecast(config: ForecastConfig, output: Path, *, series: Manifest, model: Manifest) -> StepResult:
     """Forecast what follows the last point of every series.
 
@@ -152,7 +153,16 @@ def _caption(table: SeriesTable, number: int, horizon: int) -> str:
 
 
 def _chart(table: SeriesTable, number: int, values: np.ndarray, levels: Sequence[float]) -> str:
-    return fan_chart(table.target(number), values, levels, title=f"Forecast of {table.item_ids[number]}")
+    """The end of a series and its forecast."""
+    # Imported here, so that a reused step does not pay for matplotlib.
+    from modelmill.components.forecasting.fan_chart import Fan, fan_chart
+
+    end, horizon = int(table.lengths[number]), len(values)
+    begin = max(0, end - max(_HISTORY * horizon, _LEAST_HISTORY))
+    times = table.timestamps(number, begin, end + horizon).to_numpy()
+    fan = Fan(times[end - begin :], values)
+    title = f"Forecast of {text(table.item_ids[number])}"
+    return fan_chart(times[: end - begin], table.target(number)[begin:], [fan], levels, title=title)
 
 
 def _write_report(

@@ -15,7 +15,7 @@ from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.recipe import validate
 from modelmill.components.core.step import section
 from modelmill.components.forecasting import component
-from modelmill.components.forecasting.fan_chart import fan_chart
+from modelmill.components.forecasting.fan_chart import Fan, fan_chart
 from modelmill.components.forecasting.forecast import forecast
 from modelmill.components.forecasting.forecast_config import ChronosUseConfig, ForecastConfig
 from modelmill.components.forecasting.forecast_model import open_forecaster
@@ -72,7 +72,7 @@ def test_every_series_is_continued_on_its_own_grid(produce: Produce, bolt: Manif
     expected = open_forecaster(bolt, ChronosUseConfig(device="cpu")).predict(given, 2, LEVELS)
     np.testing.assert_allclose(table[["0.1", "0.5", "0.9"]].to_numpy().reshape(2, 2, 3), expected, rtol=1e-6)
     page = found.path("report.html").read_text()
-    assert page.count("<polygon") == 2
+    assert page.count("<svg") == 2
     assert "a: 2024-01-29 to 2024-01-30" in page
     assert "80% of what is expected" in page
 
@@ -147,10 +147,11 @@ def test_the_shell_writes_manifest_and_reports(bolt: Manifest, tmp_path: Path) -
 
 
 def test_charts_of_odd_forecasts() -> None:
-    levels = [0.1, 0.5, 0.9]
-    flat = fan_chart(np.full(5, 2.0), np.full((3, 3), 2.0), levels, title="a <b>")
+    levels, times = [0.1, 0.5, 0.9], np.arange(8).astype("datetime64[D]")
+    flat = fan_chart(times[:5], np.full(5, 2.0), [Fan(times[5:], np.full((3, 3), 2.0))], levels, title="flat")
     assert "nan" not in flat
-    assert "a &lt;b&gt;" in flat
-    empty = fan_chart(np.full(5, np.nan), np.full((3, 3), np.nan), levels, title="x", actual=np.full(3, np.nan))
-    assert "polygon" not in empty
-    assert fan_chart(np.arange(9.0), np.ones((3, 3)), levels, title="x", actual=np.arange(3.0)).count("polyline") == 3
+    assert 'aria-label="flat"' in flat
+    empty = fan_chart(times[:5], np.full(5, np.nan), [Fan(times[5:], np.full((3, 3), np.nan))], levels, title="x")
+    assert "nan" not in empty
+    beside = Fan(times[5:], np.ones((3, 3)), baseline=np.arange(3.0))
+    assert "naive" in fan_chart(times[:5], np.arange(5.0), [beside], levels, title="x", baseline="naive")
