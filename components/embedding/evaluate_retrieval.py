@@ -17,7 +17,7 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.model_folder import digest_of, model_folder
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.embedding.config import RetrievalConfig
 from modelmill.components.embedding.pairs import read_pairs, track_pairs
 from modelmill.components.embedding.retrieval import Found, Held, rank, score
@@ -26,6 +26,7 @@ from modelmill.components.evaluation.records import SCORES_FILE, write_scores
 logger = logging.getLogger("modelmill")
 
 
+@step_options(device=True)
 def evaluate_retrieval(config: RetrievalConfig, output: Path, *, model: Manifest, pairs: Manifest) -> StepResult:
     """Score an embedding model on the questions of a split.
 

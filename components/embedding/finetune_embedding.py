@@ -29,7 +29,7 @@ MODEL_FOLDER = "model"
 logger = logging.getLogger("modelmill")
 
 
-@step_options(resumable=True)
+@step_options(resumable=True, device=True)
 def finetune_embedding(
     config: EmbeddingTrainingConfig,
     output: Path,

@@ -10,12 +10,13 @@ from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.model_folder import digest_of, model_folder
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.evaluation.config import AnswerScoresConfig
 from modelmill.components.evaluation.likelihood_scores import Losses, write_losses
 from modelmill.components.evaluation.prepared import ChosenConversations, choose_conversations
 
 
+@step_options(device=True)
 def score_answers(config: AnswerScoresConfig, output: Path, *, model: Manifest, instructions: Manifest) -> StepResult:
     """Score the answers that were given, whatever the model would write itself.
 

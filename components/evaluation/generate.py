@@ -28,7 +28,7 @@ logger = logging.getLogger("modelmill")
 SAMPLES_FILE = "samples.md"
 
 
-@step_options(resumable=True)
+@step_options(resumable=True, device=True)
 def generate(config: GenerateConfig, output: Path, *, model: Manifest, instructions: Manifest) -> StepResult:
     """Answer the last turn of each conversation of a split.
 

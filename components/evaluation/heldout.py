@@ -16,7 +16,7 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.model_folder import model_folder
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.data.loader import open_rows
 from modelmill.components.evaluation.baselines import KneserNeyBigram, UnigramModel, row_losses
 from modelmill.components.evaluation.config import EvaluationConfig
@@ -27,6 +27,7 @@ _PROMPT_ROWS = 1024  # held-out rows searched for beginnings of documents
 Losses = NDArray[np.float64]
 
 
+@step_options(device=True)
 def evaluate_heldout(config: EvaluationConfig, output: Path, *, model: Manifest, tokens: Manifest) -> StepResult:
     """Score a model on the test split, compare it with the baselines, let it write, and report.
 

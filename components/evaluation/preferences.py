@@ -13,7 +13,7 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.model_folder import digest_of, model_folder
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.data.chat_template import open_template
 from modelmill.components.data.conversations import Message
 from modelmill.components.data.preference_rows import PreferenceRows, open_preferences, read_pairs
@@ -27,6 +27,7 @@ logger = logging.getLogger("modelmill")
 _COMPARED = 16  # pairs tokenised anew, to see that the rows were made with the model's tokenizer
 
 
+@step_options(device=True)
 def score_preferences(
     config: PreferenceScoresConfig, output: Path, *, model: Manifest, preferences: Manifest
 ) -> StepResult:

@@ -11,7 +11,7 @@ from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.model_folder import digest_of, model_folder
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.data.documents import read_documents
 from modelmill.components.data.tokenizer_files import TokenizerFiles, load_tokenizer
 from modelmill.components.evaluation.batching import evenly
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _DOCUMENTS_A_CALL = 64  # of the tokenizer
 
 
+@step_options(device=True)
 def score_texts(config: TextScoresConfig, output: Path, *, model: Manifest, corpus: Manifest) -> StepResult:
     """Score documents with the model's own tokenizer.
 

@@ -34,7 +34,7 @@ MODULE = "modelmill.components.finetuning.dpo"
 logger = logging.getLogger("modelmill")
 
 
-@step_options(resumable=True)
+@step_options(resumable=True, launches=True)
 def dpo(
     config: DpoConfig, output: Path, *, preferences: Manifest, base: Manifest, launcher: Launcher | None = None
 ) -> StepResult:

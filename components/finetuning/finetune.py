@@ -29,7 +29,7 @@ MODULE = "modelmill.components.finetuning.finetune"
 logger = logging.getLogger("modelmill")
 
 
-@step_options(resumable=True)
+@step_options(resumable=True, launches=True)
 def finetune(
     config: FinetuneConfig,
     output: Path,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.core.uri import local_path
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.instruction_rows import InstructionBatch, open_instructions
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("modelmill")
 
 
+@step_options(device=True)
 def merge_adapter(
     config: MergeConfig, output: Path, *, adapter: Manifest, data: Manifest, base: Manifest
 ) -> StepResult:

@@ -21,7 +21,7 @@ from modelmill.components.core import tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.model_folder import digest_of
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.evaluation.records import SCORES_FILE, write_scores
 from modelmill.components.forecasting.backtest_config import BacktestConfig
 from modelmill.components.forecasting.backtest_report import write_report
@@ -39,6 +39,7 @@ TABLE, RECORD = "scores.parquet", "backtest.json"
 GATED = ("sql", "mase", "wql")  # in `scores.jsonl`; lower is better
 
 
+@step_options(device=True)
 def backtest(config: BacktestConfig, output: Path, *, series: Manifest, model: Manifest | None = None) -> StepResult:
     """Judge a model, or the best baseline, on rolling origins.
 

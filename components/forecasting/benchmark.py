@@ -16,7 +16,7 @@ import numpy as np
 from modelmill.components.core import events, tracking
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.model_folder import digest_of
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.forecasting.backtest import opened
 from modelmill.components.forecasting.backtest_config import BacktestConfig
 from modelmill.components.forecasting.baselines import baselines_of
@@ -29,6 +29,7 @@ from modelmill.components.forecasting.metrics import METRICS, geometric_means, r
 SUMMARIES, RECORD = "summaries.json", "benchmark.json"
 
 
+@step_options(device=True)
 def benchmark(config: BenchmarkConfig, output: Path, *, model: Manifest | None = None) -> StepResult:
     """Run forecasters over the tasks of a benchmark.
 

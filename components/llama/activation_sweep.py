@@ -44,7 +44,7 @@ _COLUMNS = (
 )
 
 
-@step_options(reuse=False)
+@step_options(reuse=False, device=True)
 def activation_sweep(config: ActivationSweepConfig, output: Path) -> StepResult:
     """Measure what each mode of activation memory saves, holds at its height and costs in time.
 

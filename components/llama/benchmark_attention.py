@@ -37,7 +37,7 @@ _FIGURES = (
 logger = logging.getLogger("modelmill")
 
 
-@step_options(reuse=False)  # a measurement of another time, or of another machine, is not this one
+@step_options(reuse=False, device=True)  # a measurement of another time, or of another machine, is not this one
 def benchmark_attention(config: AttentionBenchmarkConfig, output: Path) -> StepResult:
     """Measure every attention kernel present on every shape asked for.
 

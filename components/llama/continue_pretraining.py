@@ -16,7 +16,7 @@ from modelmill.components.training.config import check_run
 from modelmill.components.training.launch import Launcher
 
 
-@step_options(resumable=True)
+@step_options(resumable=True, launches=True)
 def continue_pretraining(
     config: ContinueConfig,
     output: Path,

@@ -44,7 +44,7 @@ MODULE = "modelmill.components.llama.pretrain"
 logger = logging.getLogger("modelmill")
 
 
-@step_options(resumable=True)
+@step_options(resumable=True, launches=True)
 def pretrain(
     config: PretrainConfig, output: Path, *, tokenizer: Manifest, tokens: Manifest, launcher: Launcher | None = None
 ) -> StepResult:
