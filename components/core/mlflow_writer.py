@@ -1,4 +1,4 @@
-"""One pipeline run in MLflow: a parent run, a nested run per step, and the records of their spools.
+"""One pipeline run in MLflow: a parent run, a nested run per step and part of one, and the records of their spools.
 
 Everything here may be repeated with the same records: runs are found again by their tags, parameters and tags are
 assignments, MLflow keeps one copy of an equal metric point or dataset input, and an artifact overwrites itself.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core import mlflow_store
-from modelmill.components.core.tracking import RUN_SPOOL
+from modelmill.components.core.tracking import CHILD_MARK, RUN_SPOOL
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -117,8 +117,10 @@ class RunWriter:
             parent = run.info.run_id
         writer = cls(client, run_id, experiment, parent)
         writer.created, writer.owns_parent = created, not outer_run_id
-        for run in found:
-            if run.data.tags.get(_PARENT_TAG) == parent and STEP_TAG in run.data.tags:
+        # Steps before their parts, which know whose they are by the step's run.
+        for run in sorted(found, key=lambda run: CHILD_MARK in run.data.tags.get(STEP_TAG, "")):
+            above = {parent, *writer.step_run_ids.values()}
+            if run.data.tags.get(_PARENT_TAG) in above and STEP_TAG in run.data.tags:
                 writer.step_run_ids[run.data.tags[STEP_TAG]] = run.info.run_id
                 if run.info.status == "RUNNING":
                     writer._open_steps.add(run.data.tags[STEP_TAG])
@@ -177,9 +179,11 @@ class RunWriter:
 
     def _step_run(self, step: str, first: Record) -> str:
         if step not in self.step_run_ids:
-            tags = {RUN_TAG: self.run_id, STEP_TAG: step, _PARENT_TAG: self.parent_run_id, **_user()}
+            whole, _, part = step.partition(CHILD_MARK)
+            above = self._step_run(whole, first) if part else self.parent_run_id
+            tags = {RUN_TAG: self.run_id, STEP_TAG: step, _PARENT_TAG: above, **_user()}
             run = self.client.create_run(
-                self.experiment_id, start_time=first.get("time", _now()), run_name=step, tags=tags
+                self.experiment_id, start_time=first.get("time", _now()), run_name=part or step, tags=tags
             )
             self.step_run_ids[step] = run.info.run_id
             self._open_steps.add(step)
@@ -272,7 +276,7 @@ class _Batch:
         waiting, self.metrics = self.metrics, []
         for begin in range(0, len(waiting), _METRICS_PER_BATCH):
             self._send(self.target, waiting[begin : begin + _METRICS_PER_BATCH])
-        if self.spool != RUN_SPOOL:
+        if self.spool != RUN_SPOOL and CHILD_MARK not in self.spool:
             headline = [metric for metric in waiting if is_headline(metric.key)]
             for begin in range(0, len(headline), _METRICS_PER_BATCH):
                 self._send(self.writer.parent_run_id, headline[begin : begin + _METRICS_PER_BATCH])

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from modelmill.components.core.events import STEP_VARIABLE, append_line, read_lines, run_directory
 
 RUN_SPOOL = "_run"  # records of the pipeline run itself, the parent of the steps
+CHILD_VARIABLE = "MODELMILL_TRACKING_CHILD"  # part of a step with a run of its own; its processes inherit it
+CHILD_MARK = "."  # between step and part in the name of a spool; a step's name has none
 
 Point = tuple[str, int, float]  # name, step and value of one metric
 
@@ -24,6 +27,8 @@ def spool_path(step: str | None = None) -> Path | None:
     """Spool file of a step (default: the current one), or None outside a run."""
     folder = run_directory()
     name = step or os.environ.get(STEP_VARIABLE)
+    if name and not step and (child := os.environ.get(CHILD_VARIABLE)):
+        name = f"{name}{CHILD_MARK}{child}"
     return folder / "spool" / f"{name}.jsonl" if folder and name else None
 
 
@@ -34,6 +39,45 @@ def record(kind: str, *, spool: str | None = None, **fields: Any) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     append_line(path, {"type": kind, "time": int(time.time() * 1000), **fields})
+
+
+class Child:
+    """How a part of a step ended; `FINISHED` unless said otherwise."""
+
+    status = "FINISHED"
+
+
+@contextmanager
+def child(name: str) -> Iterator[Child]:
+    """Send what this process and its children record to a run of its own below the step's, until the block ends.
+
+    For parts that are compared with one another, such as the trials of a search. A name that comes again goes on with
+    its run, as a resumed step does. Progress and log lines stay the step's.
+
+    Args:
+        name: of the part, unique in the step; letters, digits and dashes.
+
+    Yields:
+        Where the block says how the part ended: `FINISHED`, `FAILED` or `KILLED`. An exception is `FAILED`.
+    """
+    before = os.environ.get(CHILD_VARIABLE)
+    os.environ[CHILD_VARIABLE] = name
+    outcome = Child()
+    folder = run_directory()
+    try:
+        record("start", run=folder.name if folder else "")
+        try:
+            yield outcome
+        except BaseException:
+            outcome.status = "FAILED"
+            raise
+        finally:
+            record("end", status=outcome.status)
+    finally:
+        if before is None:
+            del os.environ[CHILD_VARIABLE]
+        else:
+            os.environ[CHILD_VARIABLE] = before
 
 
 def points_before(spool: Path, offset: int) -> set[Point]:

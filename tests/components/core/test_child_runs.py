@@ -1,0 +1,72 @@
+"""Parts of a step that have runs of their own below the step's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from modelmill.components.core import tracking
+from modelmill.components.core.delivery import deliver
+from modelmill.components.core.events import read_lines
+from modelmill.components.core.home import Home
+from tests.components.core.deliveries import MakeRun, client_of, runs_of
+
+
+def test_a_part_of_a_step_is_a_run_below_it(store_home: Home, make_run: MakeRun) -> None:
+    run = make_run(store_home)
+    run.begin()
+    run.record("search", "start", run=run.run_id)
+    run.enter("search")
+    with tracking.child("trial-1"):
+        tracking.log_params({"learning_rate": 1e-5})
+        tracking.log_metrics({"validation_sql": 0.5}, step=3)
+    with tracking.child("trial-2") as part:
+        part.status = "KILLED"
+    with pytest.raises(KeyError), tracking.child("trial-3"):
+        raise KeyError
+    tracking.log_metrics({"validation_sql": 0.4})
+    run.record("search", "end", status="FINISHED")
+    assert not deliver(run.path).warnings, "the run goes on"
+    with tracking.child("trial-2"):  # a resumed step, and a delivery that begins anew
+        tracking.log_metrics({"loss": 1.0})
+    run.end()
+    assert deliver(run.path).complete
+    parents, nested = runs_of(client_of(store_home), run.run_id)
+    assert {name: len(found) for name, found in nested.items()} == dict.fromkeys(
+        ["search", "search.trial-1", "search.trial-2", "search.trial-3"], 1
+    )
+    step, first = nested["search"][0], nested["search.trial-1"][0]
+    assert step.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+    assert first.data.tags["mlflow.parentRunId"] == step.info.run_id
+    assert first.info.run_name == "trial-1"
+    assert (first.data.params, first.data.metrics) == ({"learning_rate": "1e-05"}, {"validation_sql": 0.5})
+    ends = [nested[f"search.trial-{number}"][0].info.status for number in (1, 2, 3)]
+    assert ends == ["FINISHED", "FINISHED", "FAILED"]
+    assert parents[0].data.metrics == {"validation_sql": 0.4}, "a trial's quality is not the run's"
+
+
+def test_processes_of_a_part_record_for_it(home: Home, make_run: MakeRun) -> None:
+    run = make_run(home)
+    run.enter("search")
+    command = "from modelmill.components.core import tracking; tracking.log_metrics({'loss': 1.0})"
+    with tracking.child("trial-1"):
+        subprocess.run([sys.executable, "-c", command], check=True, timeout=60)
+    assert tracking.CHILD_VARIABLE not in os.environ
+    kinds = [record["type"] for _, record in read_lines(run.path / "spool" / "search.trial-1.jsonl")]
+    assert kinds == ["start", "metrics", "end"]
+    assert not (run.path / "spool" / "search.jsonl").exists()
+
+
+def test_a_killed_part_is_closed_with_the_run(store_home: Home, make_run: MakeRun) -> None:
+    run = make_run(store_home)
+    run.begin()
+    run.record("search", "start", run=run.run_id)
+    run.record("search.trial-1", "start", run=run.run_id)
+    run.record("search", "end", status="FAILED")
+    run.end("FAILED")
+    assert deliver(run.path).complete
+    nested = runs_of(client_of(store_home), run.run_id)[1]
+    assert nested["search.trial-1"][0].info.status == "KILLED"
