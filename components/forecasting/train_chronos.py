@@ -20,6 +20,7 @@ from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.forecasting.chronos_model import ChronosFolder, read_chronos
 from modelmill.components.forecasting.chronos_train_config import ChronosTrainConfig
 from modelmill.components.forecasting.chronos_windows import Windows
+from modelmill.components.forecasting.series_profile import write_profile
 from modelmill.components.forecasting.series_table import open_series
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.journal import HISTORY, Journal, track_outcome
@@ -38,7 +39,7 @@ _MODEL = "model"
 logger = logging.getLogger("modelmill")
 
 
-@step_options(resumable=True)
+@step_options(resumable=True, launches=True)
 def train_chronos(
     config: ChronosTrainConfig,
     output: Path,
@@ -46,10 +47,12 @@ def train_chronos(
     series: Manifest,
     base: Manifest | None = None,
     launcher: Launcher | None = None,
+    until: int | None = None,
 ) -> StepResult:
     """Train a new Chronos-Bolt, or all weights of a given Chronos-Bolt or Chronos-T5, on windows of series.
 
-    Writes `model/`, a folder that chronos-forecasting loads, and `history.jsonl`; there `tokens` are windows, and
+    Writes `model/`, a folder that chronos-forecasting loads (with a base it tells what the series looked like, see
+    `series_profile`), and `history.jsonl`; there `tokens` are windows, and
     losses are means over the points of the horizon (of Bolt also over the quantiles). Checkpoints lie beside `output`,
     and a second call goes on from the newest. What the series hold back for the backtest is never read.
 
@@ -59,6 +62,7 @@ def train_chronos(
         series: manifest of `prepare_series` or `synthesise_series`.
         base: manifest of the model to start from; without one, `config.model` is made.
         launcher: where the training processes run; default this machine.
+        until: step of the schedule to stop after and export, as if it were the last; a later call goes on from there.
 
     Returns:
         kind `model`; counts `parameters`, `steps`, `windows`, `series`; metadata `flavor`, `family`, `method` (scratch
@@ -97,12 +101,15 @@ def train_chronos(
             "series": series.model_dump(mode="json"),
             "base": None if base is None else {"folder": str(model_folder(base).absolute()), **digests},
             "output": str(output.absolute()),
+            "until": until,
         },
         training=training,
         scratch=output.parent.absolute(),
     )
     result = place.launch(job)
     track_outcome(output, result.metrics, training.steps)
+    if base is not None:
+        write_profile(table, output / _MODEL)
     metadata = {
         **result.metadata,
         "flavor": FLAVOR,
@@ -197,7 +204,7 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
         model=wrapped,
         objective=chronos_loss,
         data=TrainingData(batches, held, np.ones(len(held), np.int64)),
-        config=training,
+        config=training if spec["until"] is None else _cut_off(training, spec["until"]),
         ranks=ranks,
         checkpoints=Checkpoints(
             ranks.scratch / "checkpoints",
@@ -221,6 +228,12 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
         result.metadata["weights_digest"] = weights_digest(output / _MODEL)
         result.metrics["export_seconds"] = time.perf_counter() - began
     return result
+
+
+def _cut_off(training: TrainingConfig, until: int) -> TrainingConfig:
+    """The same schedule, ended after a step of it; unchecked, since its parts are longer than what is left of it."""
+    lengths = {"constant_steps": training.constant_length, "decay_steps": training.decay_length}
+    return training.model_copy(update={"steps": min(until, training.steps), **lengths})
 
 
 if __name__ == "__main__":
