@@ -112,6 +112,12 @@ class Profile(Section):
     tracking: TrackingServer = TrackingServer()
     kfp: KfpConfig = KfpConfig()
     environment: dict[str, str] = Field(default={}, description="Variables of every step.")
+    secrets: dict[str, str] = Field(
+        default={}, description="Variable of every step -> `secret/key` that holds its value, such as HF_TOKEN."
+    )
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field(
+        default="IfNotPresent", description="When a node pulls an image it has; digests never change."
+    )
     step_timeout_seconds: PositiveInt | None = Field(
         default=None, description="Longest life of a step's pod; one that launches a training job waits for it."
     )
@@ -137,7 +143,7 @@ class Profile(Section):
         try:
             images = ImagesConfig.model_validate(values.get("images") or {})
         except ValidationError:
-            return values  # reported with its place when the section itself is checked
+            images = ImagesConfig()  # reported with its place when the section itself is checked
         shared["image"] = images.reference(_family(job.get("accelerator")))
         own = {name: value for name, value in job.items() if value or name != "image"}
         return {**values, "trainjob": {**shared, **own}}
@@ -146,6 +152,13 @@ class Profile(Section):
     def _launcher_has_its_place(self) -> Self:
         if self.launcher != "local" and getattr(self, self.launcher) is None:
             raise ValueError(f"{self.launcher}: missing; launcher {self.launcher} needs this section")
+        return self
+
+    @model_validator(mode="after")
+    def _secrets_have_keys(self) -> Self:
+        for variable, reference in self.secrets.items():
+            if len(reference.split("/")) != 2 or not all(reference.split("/")):
+                raise ValueError(f"secrets.{variable}: {reference!r} is not secret/key; name both")
         return self
 
     @model_validator(mode="after")

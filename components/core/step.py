@@ -32,7 +32,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from modelmill.components.core import events, pod, tracking
-from modelmill.components.core.code import code_digest
+from modelmill.components.core.code import code_digest, source_digest
 from modelmill.components.core.errors import UserError, disk_error
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest, canonical_json, json_digest
@@ -84,7 +84,14 @@ def options_of(function: StepFunction) -> StepOptions:
     return getattr(function, "step_options", StepOptions())
 
 
-def section(step: str, config: BaseModel, function: StepFunction | str, fingerprint: str | None = "") -> str:
+def section(
+    step: str,
+    config: BaseModel,
+    function: StepFunction | str,
+    fingerprint: str | None = "",
+    *,
+    elsewhere: bool = False,
+) -> str:
     """The one string a pipeline passes to a step.
 
     Args:
@@ -93,12 +100,13 @@ def section(step: str, config: BaseModel, function: StepFunction | str, fingerpr
         function: the step function, or `module:name` so that a caller need not import it.
         fingerprint: state of what the step reads from outside (versions, sizes, times, digests). None: the step looks
             when it runs, where it runs, as a scheduled run must.
+        elsewhere: the step runs in an image, so its code is its sources and not this machine's libraries.
     """
     module = function.partition(":")[0] if isinstance(function, str) else function.__module__
     record = {
         "step": step,
         "config": config.model_dump(mode="json"),
-        "code": code_digest(module),
+        "code": source_digest(module) if elsewhere else code_digest(module),
         "fingerprint": fingerprint,
     }
     return canonical_json(record)

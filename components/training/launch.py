@@ -96,16 +96,19 @@ class Launcher(Protocol):
         """
 
 
-def current_launcher() -> Launcher:
+def current_launcher(text: str | None = None) -> Launcher:
     """The launcher that the profile of the run asks for in `MODELMILL_LAUNCHER`, else the local one.
 
     The variable holds `{"launcher": "module:class", "config": {...}}`; the class has `from_config(config)`, so a place
     is imported only where it is used.
 
+    Args:
+        text: the content; None reads the variable.
+
     Raises:
         UserError: the variable does not name a launcher of this installation, or its configuration is wrong.
     """
-    text = os.environ.get(LAUNCHER_VARIABLE)
+    text = os.environ.get(LAUNCHER_VARIABLE) if text is None else text
     if not text:
         return LocalLauncher()
     try:
