@@ -11,12 +11,11 @@ import gzip
 import json
 import logging
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core import events, tracking
+from modelmill.components.core.aws import aws_trouble, is_missing, open_session
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.mlflow_store import one_line
@@ -27,13 +26,11 @@ from modelmill.components.registry.store import FILES_TAG, WEIGHTS_TAG, check_fi
 
 if TYPE_CHECKING:
     from boto3.session import Session
-    from botocore.exceptions import ClientError
     from mlflow.entities.model_registry import ModelVersion
     from sagemaker.core.resources import ModelPackage
 
 PACKAGE_TAG = "sagemaker_package"
 _APPROVALS = {"promoted": "Approved", "already": "Approved", "challenger": "PendingManualApproval"}
-_ABSENT = ("ResourceNotFound", "ResourceNotFoundException", "404", "NoSuchKey", "NotFound")
 logger = logging.getLogger("modelmill")
 
 
@@ -80,7 +77,7 @@ def reject_package(arn: str, reason: str) -> None:
         UserError: AWS cannot be reached or refuses.
     """
     with aws_trouble("sagemaker"):
-        _set_approval(_get_package(arn, open_session(arn.split(":")[3])), "Rejected", reason)
+        _set_approval(_get_package(arn, _open(arn.split(":")[3])), "Rejected", reason)
 
 
 def _mirror(
@@ -95,7 +92,7 @@ def _mirror(
                 f"registration: {name} version {number} is not in the registry any more; register it again"
             )
         with aws_trouble("sagemaker"):
-            session = open_session(config.region)
+            session = _open(config.region)
             package = _find_package(config, version, session)
             approval = _approval(version, outcome, package)
             if package is None and not approval:
@@ -125,41 +122,17 @@ def _approval(version: ModelVersion, outcome: str, package: ModelPackage | None)
     return "Approved" if outcome == "already" and waits else ""
 
 
-def open_session(region: str | None) -> Session:
-    """A session with the credentials of the environment, profile or role; checked before anything is sent.
+def _open(region: str | None) -> Session:
+    """A session, with the SDK whose resources are used here.
 
     Raises:
         UserError: the packages are not installed, or there is no region or no credentials.
     """
     try:
-        import boto3
-        import sagemaker.core.resources  # noqa: F401  (the extra brings both or neither)
+        import sagemaker.core.resources  # noqa: F401  (the extra brings it and boto3)
     except ModuleNotFoundError as error:
         raise UserError(f"sagemaker: {error.name} is not installed; pip install 'modelmill[aws]'") from None
-    session = boto3.Session(region_name=region)
-    if session.region_name is None:
-        raise UserError("sagemaker.region: none is given and the environment names none; set it or AWS_REGION")
-    if session.get_credentials() is None:
-        raise UserError("sagemaker: there are no AWS credentials; set AWS_PROFILE, or give the pod's account a role")
-    return session
-
-
-@contextmanager
-def aws_trouble(parameter: str) -> Iterator[None]:
-    """What AWS, its SDK or the network says, as one line.
-
-    Raises:
-        UserError: anything of that went wrong inside.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        module = type(error).__module__.partition(".")[0]
-        if module not in ("botocore", "boto3", "s3transfer", "sagemaker", "pydantic", "pydantic_core"):
-            raise
-        raise UserError(f"{parameter}: {one_line(error)}; check region, permissions and the section") from None
+    return open_session(region, "sagemaker")
 
 
 def pack(folder: Path, target: Path) -> None:
@@ -194,7 +167,7 @@ def _upload(config: SageMakerConfig, version: ModelVersion, folder: Path, scratc
     try:
         client.head_object(Bucket=bucket, Key=key)
     except ClientError as error:
-        if error.response["Error"]["Code"] not in _ABSENT:
+        if not is_missing(error):
             raise UserError(
                 f"sagemaker.model_data: s3://{bucket}/{key}: {one_line(error)}; check bucket and rights"
             ) from None
@@ -235,16 +208,10 @@ def _has_group(group: str, session: Session) -> bool:
     try:
         ModelPackageGroup.get(group, session=session, region=session.region_name)
     except ClientError as error:
-        if _is_missing(error):
+        if is_missing(error):
             return False
         raise
     return True
-
-
-def _is_missing(error: ClientError) -> bool:
-    """Whether AWS says that what was asked for does not exist; SageMaker says so in the words of a wrong request."""
-    code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
-    return code in _ABSENT or (code == "ValidationException" and "not exist" in message)
 
 
 def _get_package(arn: str, session: Session) -> ModelPackage:
