@@ -11,11 +11,11 @@ import os
 from modelmill.components.core.code import package_version
 
 # The KFP local runner warns on every step unless the name says that the image holds Python.
-_FAMILIES = {"cpu": "modelmill-cpu-python", "gpu": "modelmill-gpu-python", "neuron": "modelmill-neuron-python"}
+FAMILIES = {"cpu": "modelmill-cpu-python", "gpu": "modelmill-gpu-python", "neuron": "modelmill-neuron-python"}
 
 
 def image(family: str, registry: str | None = None) -> str:
     """Image reference of a family: `cpu`, `gpu` or `neuron`; without a registry, that of the environment."""
     registry = (os.environ.get("MODELMILL_IMAGE_REGISTRY", "") if registry is None else registry).rstrip("/")
-    name = f"{_FAMILIES[family]}:{package_version().replace('+', '-')}"
+    name = f"{FAMILIES[family]}:{package_version().replace('+', '-')}"
     return f"{registry}/{name}" if registry else name

@@ -1,0 +1,1 @@
+"""Container images: one Dockerfile a family, all built by `python -m images.build`."""
