@@ -16,10 +16,11 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.model_folder import digest_of, model_folder
-from modelmill.components.core.step import StepResult
+from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.forecasting.chronos2_config import Chronos2TuneConfig
 from modelmill.components.forecasting.chronos_model import export_chronos, load_chronos, read_chronos
+from modelmill.components.forecasting.series_profile import write_profile
 from modelmill.components.forecasting.series_table import SeriesTable, open_series
 from modelmill.components.training.journal import HISTORY, Journal, track_outcome
 
@@ -33,10 +34,12 @@ _TARGETS = (
 )
 
 
+@step_options(device=True)
 def tune_chronos2(config: Chronos2TuneConfig, output: Path, *, series: Manifest, base: Manifest) -> StepResult:
     """Tune a Chronos-2 on windows of series, with their covariates.
 
-    Writes `model/`, a whole model also with LoRA, and `history.jsonl`. What the series hold back for the backtest is
+    Writes `model/`, a whole model also with LoRA, with what the series looked like (see `series_profile`), and
+    `history.jsonl`. What the series hold back for the backtest is
     never read. A step that was stopped begins again.
 
     Args:
@@ -72,6 +75,7 @@ def tune_chronos2(config: Chronos2TuneConfig, output: Path, *, series: Manifest,
     )
     metrics, parameters = _fit(config, folder, output, horizon, train, held)
     track_outcome(output, metrics, config.steps)
+    write_profile(table, output / "model")
     return StepResult(
         "model",
         counts={"parameters": parameters, "steps": config.steps, "series": len(train)},

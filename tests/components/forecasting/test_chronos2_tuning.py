@@ -79,6 +79,7 @@ def test_what_is_held_back_is_not_read(
     monkeypatch.setattr(module, "_fit", lambda *arguments: seen.append(arguments[4:]) or ({}, 0))
     monkeypatch.setattr(module, "weights_digest", lambda folder: "")
     monkeypatch.setattr(module, "track_outcome", lambda *arguments: None)
+    monkeypatch.setattr(module, "write_profile", lambda *arguments: None)
     tune(tmp_path / "run", models.series_manifest(tmp_path, values, horizon=8, windows=1), base)
     ((train, held),) = seen
     assert [len(train[0]), len(held[0])] == [52, 60]
