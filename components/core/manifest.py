@@ -12,16 +12,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.core.home import Home
-from modelmill.components.core.uri import local_path
+from modelmill.components.core.store_cache import Cache, RemoteFile
+from modelmill.components.core.uri import is_remote, local_path
+from modelmill.components.core.verified import file_digest, problem_of
 
 SCHEMA_VERSION = 1
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> str:
@@ -50,6 +45,10 @@ class FileEntry(BaseModel):
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in value:
             raise ValueError(f"{value!r} leaves the artifact's folder")
         return value
+
+    def remote(self) -> RemoteFile:
+        """The file as the cache of artifacts in S3 knows it."""
+        return RemoteFile(self.path, self.bytes, self.sha256)
 
 
 class Manifest(BaseModel):
@@ -93,20 +92,34 @@ class Manifest(BaseModel):
             UserError: the file is missing, is not a manifest or has a schema this version does not know.
         """
         try:
-            content = json.loads(Path(path).read_bytes())
+            return cls.parse(Path(path).read_bytes(), str(path))
+        except FileNotFoundError:
+            raise UserError(f"manifest: {path} does not exist; run the step that makes it") from None
+
+    @classmethod
+    def parse(cls, text: bytes, place: str) -> Manifest:
+        """The manifest in a file's bytes.
+
+        Args:
+            text: the bytes.
+            place: where they were read, for messages.
+
+        Raises:
+            UserError: they are no manifest or have a schema this version does not know.
+        """
+        try:
+            content = json.loads(text)
             # Before the fields: a later version may have fields that this one would call wrong.
             version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else SCHEMA_VERSION
             if version != SCHEMA_VERSION:
-                raise UserError(f"manifest: {path} has schema version {version}; this is {SCHEMA_VERSION}")
+                raise UserError(f"manifest: {place} has schema version {version}; this is {SCHEMA_VERSION}")
             return cls.model_validate(content)
-        except FileNotFoundError:
-            raise UserError(f"manifest: {path} does not exist; run the step that makes it") from None
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "content"
-            raise UserError(f"manifest: {path} is not a manifest ({place}: {first['msg']})") from None
+            field = ".".join(str(part) for part in first["loc"]) or "content"
+            raise UserError(f"manifest: {place} is not a manifest ({field}: {first['msg']})") from None
         except ValueError as error:
-            raise UserError(f"manifest: {path} is not JSON ({error}); run the step that makes it again") from None
+            raise UserError(f"manifest: {place} is not JSON ({error}); run the step that makes it again") from None
 
     def write(self, path: Path | str) -> None:
         """Write the manifest so that a reader sees all of it or nothing."""
@@ -129,41 +142,31 @@ class Manifest(BaseModel):
     def path(self, name: str) -> Path:
         """Local path of one file of the artifact, its bytes verified the first time this machine opens it.
 
+        A file that lies in S3 is fetched into this machine's cache.
+
         Raises:
-            UserError: the artifact has no such file, or the file is missing or not what was written.
+            UserError: the artifact has no such file, the file is missing or not what was written, or it cannot be
+                fetched.
         """
         entry = next((entry for entry in self.files if entry.path == name), None)
         if entry is None:
             held = ", ".join(entry.path for entry in self.files)
             raise UserError(f"{self.kind}: no file {name!r} in {self.uri}; it holds {held}")
+        if is_remote(self.uri):
+            return Cache.current().fetch(self.uri, entry.remote(), self.kind)
         path = local_path(self.uri) / name
-        _verify(path, entry, self.kind)
+        if problem := problem_of(path, entry.bytes, entry.sha256):
+            raise UserError(f"{self.kind}: {path} {problem}; delete its folder and run again")
         return path
 
-    def folder(self) -> Path:
-        """Local folder of the artifact with every file verified (for small artifacts such as a tokenizer)."""
+    def folder(self, inside: str = "") -> Path:
+        """Local folder of the artifact, or one inside it, with every file below it verified, and fetched from S3.
+
+        Raises:
+            UserError: as `path`.
+        """
         for entry in self.files:
-            self.path(entry.path)
-        return local_path(self.uri)
-
-
-def _verify(path: Path, entry: FileEntry, kind: str) -> None:
-    """Check size and SHA-256, remembering on disk that this very file (inode, time, size) was found good."""
-    mend = "delete its folder and run again"
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise UserError(f"{kind}: {path} is missing; {mend}") from None
-    if status.st_size != entry.bytes:
-        raise UserError(f"{kind}: {path} has {status.st_size} bytes, {entry.bytes} were written; {mend}")
-    identity = f"{path.absolute()}:{status.st_ino}:{status.st_mtime_ns}:{status.st_size}:{entry.sha256}"
-    stamp = Home.current().store / ".verified" / hashlib.sha256(identity.encode()).hexdigest()
-    if stamp.exists():
-        return
-    if file_digest(path) != entry.sha256:
-        raise UserError(f"{kind}: {path} is corrupt (its SHA-256 is not the manifest's); {mend}")
-    try:
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
-    except OSError:
-        pass  # a read-only store only means verifying again
+            if not inside or entry.path.startswith(f"{inside}/"):
+                self.path(entry.path)
+        root = Cache.current().folder(self.uri) if is_remote(self.uri) else local_path(self.uri)
+        return root / inside

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core import mlflow_store
+from modelmill.components.core.errors import UserError
+from modelmill.components.core.store import local_copy
 from modelmill.components.core.tracking import CHILD_MARK, RUN_SPOOL
 
 if TYPE_CHECKING:
@@ -310,8 +312,11 @@ def _now() -> int:
 
 
 def _published(path: Path) -> Path:
-    """Where a file of an unfinished step output is once the step has published it (see `core.step`)."""
-    return Path(*(part.removesuffix(".partial") for part in path.parts))
+    """Where a file of an unfinished step output is once the step has published it (see `core.store`)."""
+    try:
+        return local_copy(Path(*(part.removesuffix(".partial") for part in path.parts)))
+    except UserError:  # in S3, which does not answer
+        return path
 
 
 def _user() -> dict[str, str]:

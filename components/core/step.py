@@ -36,6 +36,7 @@ from modelmill.components.core.code import code_digest, source_digest
 from modelmill.components.core.errors import UserError, disk_error
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest, canonical_json, json_digest
+from modelmill.components.core.store import open_store
 
 RECIPE_VARIABLE = "MODELMILL_RECIPE_HASH"
 FINISHED_VARIABLE = "MODELMILL_FINISHED_STEPS"  # steps that finished in the run this one resumes, with commas
@@ -118,17 +119,17 @@ def output_key(section_json: str, upstream: Mapping[str, str]) -> str:
 
 
 def finished_manifest(store: Path, step: str, key: str) -> Manifest | None:
-    """Manifest of a finished output whose files are still there, or None."""
-    path = store / step / key / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        manifest = Manifest.read(path)
-    except UserError:
-        return None  # a damaged manifest is made again, like a damaged file
-    root = Path(manifest.uri)
-    whole = all((root / e.path).is_file() and (root / e.path).stat().st_size == e.bytes for e in manifest.files)
-    return manifest if whole else None
+    """Manifest of a finished output whose files are still there, or None.
+
+    Args:
+        store: the home's folder of outputs; where `MODELMILL_STORE` names a prefix in S3, that is asked instead.
+        step: the step's name.
+        key: of the output.
+
+    Raises:
+        UserError: S3 cannot be asked.
+    """
+    return open_store(store).find(step, key)
 
 
 def run_step(
@@ -177,15 +178,24 @@ def _produce(
     upstream = {parameter: Manifest.read(path) for parameter, path in inputs.items()}
     config = _config_type(function).model_validate(record["config"])
     key = output_key(section_json, _decided_at_run_time(record, config, upstream, values))
-    store, options = Home.current().store, options_of(function)
+    options, folder = options_of(function), Home.current().store
+    store, partial = open_store(folder), folder / name / f"{key}.partial"
     tracking.log_params(record["config"])
-    with _exclusive(store / name, key):
-        done = finished_manifest(store, name, key) if _may_reuse(name, options) else None
+    reusable = _may_reuse(name, options)
+    with _exclusive(folder / name, key):
+        done = store.find(name, key) if reusable else None
         if done is not None:
             logger.info("reusing %s", done.uri)
-            _replay(done)
+            _replay(done, store.points(done))
             return done, True
-        return _compute(function, config, {**upstream, **values}, store / name, key, record), False
+        waiting = _unpublished(partial) if reusable else None
+        if waiting is not None:
+            logger.info("publishing what an earlier attempt made")
+            _replay(waiting, partial / "tracking.jsonl")
+            return store.publish(partial, waiting, replace=False), True
+        store.check(name)
+        made = _compute(function, config, {**upstream, **values}, partial, key, record)
+        return store.publish(partial, made, replace=not reusable), False
 
 
 def _decided_at_run_time(
@@ -213,12 +223,12 @@ def _compute(
     function: StepFunction,
     config: BaseModel,
     arguments: Mapping[str, Any],
-    folder: Path,
+    partial: Path,
     key: str,
     record: dict[str, Any],
 ) -> Manifest:
+    """Run the function into an unfinished folder."""
     options = options_of(function)
-    partial, final = folder / f"{key}.partial", folder / key
     if partial.exists() and (not options.resumable or os.environ.get(FRESH_VARIABLE)):
         shutil.rmtree(partial)
     (partial / "data").mkdir(parents=True, exist_ok=True)
@@ -239,21 +249,19 @@ def _compute(
         code=record["code"],
         recipe=os.environ.get(RECIPE_VARIABLE, ""),
     )
-    manifest.uri = str(final / "data")
-    manifest.write(partial / "manifest.json")
     _copy_spool(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _drop_scratch(final)  # only now: killed before this line, a resumed step still finds its checkpoints
     return manifest
 
 
-def _drop_scratch(folder: Path) -> None:
-    """Free what the step kept beside its output, such as checkpoints: a finished output needs none of it."""
-    for path in folder.iterdir():
-        if path.name not in ("data", "manifest.json", "tracking.jsonl"):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def _unpublished(partial: Path) -> Manifest | None:
+    """What an attempt finished and could not bring to the store, every file of it as it was written."""
+    try:
+        manifest = Manifest.read(partial / "manifest.json")
+        manifest.uri = str(partial / "data")
+        manifest.folder()
+    except UserError:
+        return None
+    return manifest
 
 
 def _copy_spool(partial: Path) -> None:
@@ -263,9 +271,14 @@ def _copy_spool(partial: Path) -> None:
         shutil.copyfile(spool, partial / "tracking.jsonl")
 
 
-def _replay(manifest: Manifest) -> None:
-    """Report a reused step's points as they were, at the times they were made, and name the run that made them."""
-    kept = Path(manifest.uri).parent / "tracking.jsonl"
+def _replay(manifest: Manifest, kept: Path) -> None:
+    """Report a reused step's points as they were, at the times they were made, and name the run that made them.
+
+    Args:
+        manifest: of the step's output.
+        kept: file with the points.
+    """
+    data, made_in = Home.current().store / manifest.step / manifest.key / "data", f"{manifest.key}.partial/data/"
     source, repeated = "", set[tracking.Point]()
     for offset, line in events.read_lines(kept):
         kind = line.pop("type", "")
@@ -277,7 +290,8 @@ def _replay(manifest: Manifest) -> None:
             tracking.record(kind, **{**line, "values": fresh})
         elif kind in ("params", "tags", "artifact", "dataset"):
             if kind == "artifact":
-                line["path"] = line["path"].replace(f"{manifest.key}.partial", manifest.key)
+                _, mark, inside = line["path"].partition(made_in)
+                line["path"] = str(data / inside) if mark else line["path"]
             tracking.record(kind, **line)
     tracking.set_tags({"modelmill.reused": "true", "modelmill.reused_from": source, "modelmill.key": manifest.key})
 
