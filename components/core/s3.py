@@ -31,13 +31,7 @@ _REMEDIES = {
     "404": "the object is gone; list the prefix again",
     "PreconditionFailed": "an object changed while it was read; run again",
 }
-_REFUSED_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "ExpiredToken",
-    "InvalidToken",
-    "ExpiredTokenException",
-)
+_REFUSED_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 
 
 @dataclass(frozen=True)
