@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelmill.components.core.errors import UserError
+from modelmill.pipelines.launch.references import dangling
 
 ARGUMENT_LIMIT = 120 * 1024  # bytes; Linux takes 128 KiB in one argument, on a laptop and in a pod alike
 _EXECUTOR = "kfp.dsl.executor_main"
@@ -86,9 +87,22 @@ def lint(pipeline_spec: Any, sections: Mapping[str, str]) -> list[str]:
         problems += [*_condition(task), *_loop(task), *_numbers(task), *_missing(task), *_placeholders(task)]
         if not task.is_dag:
             problems += _executor(task, executors.get(task.component.get("executorLabel", ""), {}))
+    problems += dangling(spec)
     for name, dag in [("pipeline", spec["root"]), *spec.get("components", {}).items()]:
         problems += _outputs(name.removeprefix("comp-"), dag)
     return list(dict.fromkeys(problems))
+
+
+def check_references(pipeline_spec: Any) -> None:
+    """Raise one line for a compiled pipeline that names what it does not define.
+
+    Raises:
+        UserError: every dangling reference.
+    """
+    from google.protobuf import json_format
+
+    if problems := list(dangling(json_format.MessageToDict(pipeline_spec))):
+        raise UserError(f"pipeline: {'; '.join(problems)}")
 
 
 def _tasks(dag: Mapping[str, Any], components: Mapping[str, Any]) -> Iterator[_Task]:

@@ -94,7 +94,7 @@ def _check_pod(training: Any, profile: Profile) -> None:
     parallel, place = training.parallel, profile.device_step or profile.step
     if parallel.nodes > 1:
         raise UserError(
-            f"training.parallel.nodes: {parallel.nodes} nodes need a profile with launcher trainjob or sagemaker; use 1"
+            f"training.parallel.nodes: {parallel.nodes} needs a profile with launcher trainjob or sagemaker; use 1"
         )
     wanted = training.accelerator
     held = {"gpu": "cuda", "neuron": "neuron", "cpu": "cpu"}[place.image]
