@@ -99,7 +99,7 @@ def _open_when_up(address: str, port: int) -> None:
 def doctor_command(as_json: bool) -> None:
     """Check the machine, the installation, the disk and the tracking store."""
     from modelmill.components.core.home import Home
-    from modelmill.pipelines.doctor import examine
+    from modelmill.pipelines.doctor.machine import examine
 
     findings = examine(Home.current())
     if as_json:

@@ -1,4 +1,4 @@
-"""What `modelmill doctor` looks at: everything that can spoil a run and can be seen before it starts."""
+"""The machine of the user: what can spoil a run here and can be seen before it starts."""
 
 from __future__ import annotations
 
@@ -12,25 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
+from modelmill.pipelines.doctor.finding import Finding, collect
 
 _GIB = 2**30
 _ABANDONED = 24 * 3600  # seconds after which a folder of an unfinished step is worth a word
 _PACKAGES = {"torch": "train", "transformers": "train", "pyarrow": "train", "kfp": "kfp", "mlflow": "track"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: `ok`, `warn` or `fail`, what was looked at, what was seen, and how to mend it."""
-
-    level: str
-    subject: str
-    text: str
-    fix: str = ""
 
 
 def examine(home: Home) -> list[Finding]:
@@ -46,14 +36,7 @@ def examine(home: Home) -> list[Finding]:
         _spools,
         _runs,
     )
-    findings: list[Finding] = []
-    for check in checks:
-        try:
-            findings.extend(check(home))
-        except Exception as error:
-            subject = check.__name__.strip("_")
-            findings.append(Finding("fail", subject, f"the check itself failed: {type(error).__name__}: {error}"))
-    return findings
+    return collect(checks, home)
 
 
 def _python(home: Home) -> Iterator[Finding]:
@@ -86,7 +69,7 @@ def _packages(home: Home) -> Iterator[Finding]:
 
 def _lock(home: Home) -> Iterator[Finding]:
     """Compare what is installed with the lock, where there is one (a checkout has it, a wheel has not)."""
-    lock = Path(__file__).resolve().parent.parent / "constraints.txt"
+    lock = Path(__file__).resolve().parents[2] / "constraints.txt"
     if not lock.is_file():
         return
     other = []

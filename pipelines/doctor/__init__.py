@@ -1,0 +1,1 @@
+"""What `modelmill doctor` looks at: everything that can spoil a run and can be seen before it starts."""
