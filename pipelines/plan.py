@@ -97,10 +97,7 @@ def _existing(
     if len(known) < len(upstream):
         return None, None
     key = output_key(text, known)
-    try:
-        return key, finished_manifest(store, step.name, key)
-    except UserError:  # a damaged manifest: the step runs again
-        return key, None
+    return key, finished_manifest(store, step.name, key)
 
 
 def trace(recipe: Recipe, store: Path) -> list[StepPlan]:

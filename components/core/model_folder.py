@@ -6,22 +6,18 @@ from pathlib import Path
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
-from modelmill.components.core.uri import local_path
 from modelmill.components.core.weights import weights_digest
 
 
 def model_folder(model: Manifest, parameter: str = "model") -> Path:
-    """The folder `model/` of an artifact, each of its files verified.
+    """The folder `model/` of an artifact on this machine, each of its files verified.
 
     Raises:
         UserError: there is none, or a file is missing or not what was written.
     """
-    names = [entry.path for entry in model.files if entry.path.startswith("model/")]
-    if not names:
+    if not any(entry.path.startswith("model/") for entry in model.files):
         raise UserError(f"{parameter}: {model.uri} holds no model/ folder; give the output of a step with a model")
-    for name in names:
-        model.path(name)
-    return local_path(model.uri).absolute() / "model"
+    return model.folder("model").absolute()
 
 
 def digest_of(model: Manifest, parameter: str = "model") -> str:

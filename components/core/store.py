@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from modelmill.components.core import events, s3
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.store_cache import ENDPOINT_VARIABLE, Cache
 from modelmill.components.core.uri import is_remote, split_s3
@@ -241,6 +242,14 @@ class S3Store:
                         raise
                     time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
+
+
+def noted_folder(uri: str) -> Path:
+    """Folder in the home of a finished output: its manifest and points, and its data unless they lie in S3."""
+    if not is_remote(uri):
+        return Path(uri).parent
+    step, key = uri.split("/")[-4:-2]
+    return Home.current().store / step / key
 
 
 def local_copy(path: Path) -> Path:

@@ -16,7 +16,6 @@ from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult
-from modelmill.components.core.uri import local_path
 from modelmill.components.data.config import TakeTokenizerConfig, TokenizerConfig
 from modelmill.components.data.documents import read_documents
 from modelmill.components.data.files import tokenizer_path
@@ -100,9 +99,7 @@ def take_tokenizer(config: TakeTokenizerConfig, output: Path, *, model: Manifest
     Raises:
         UserError: as `train_tokenizer`.
     """
-    for entry in model.files:
-        model.path(entry.path)
-    folder = local_path(model.uri).absolute() / "model"
+    folder = model.folder().absolute() / "model"
     loaded = TokenizerConfig(kind="load", path=str(folder), eos_token=config.eos_token)
     return train_tokenizer(loaded, output, corpus=corpus)
 

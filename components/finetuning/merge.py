@@ -12,7 +12,6 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult, step_options
-from modelmill.components.core.uri import local_path
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.data.instruction_rows import InstructionBatch, open_instructions
 from modelmill.components.finetuning.base import Base, open_base
@@ -68,12 +67,9 @@ def merge_adapter(
     rounding = adapter.metadata.get("quantization") if config.into == "trained" else None
     refuse_missing_packages("qlora" if rounding else "lora")
     batch = _held_out(data, config.rows)
-    for entry in adapter.files:
-        adapter.path(entry.path)
+    trained = adapter.folder() / ADAPTER_FOLDER
     events.progress("merging")
-    differences, largest = _merge(
-        found, local_path(adapter.uri) / ADAPTER_FOLDER, output / MODEL_FOLDER, batch, config, rounding
-    )
+    differences, largest = _merge(found, trained, output / MODEL_FOLDER, batch, config, rounding)
     copy_tokenizer(found.folder, output / MODEL_FOLDER)
     shutil.copyfile(adapter.path(HISTORY), output / HISTORY)
     record = {

@@ -21,7 +21,6 @@ from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.mlflow_store import experiment_id, safe_uri, sqlite_path
 from modelmill.components.core.step import StepResult, step_options
-from modelmill.components.core.uri import local_path
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.registry.config import RegisterConfig
 from modelmill.components.registry.flavors import Flavor, flavor_of
@@ -194,10 +193,7 @@ def _package(model: Manifest, digest: str, folder: Path, entry: _Entry) -> Path:
     """The model as an MLflow folder: the exported files as they are, a loader, requirements and the card."""
     import mlflow.pyfunc
 
-    for file in model.files:
-        if file.path.startswith("model/"):
-            model.path(file.path)
-    exported, flavor = local_path(model.uri) / "model", entry.flavor
+    exported, flavor = model.folder("model"), entry.flavor
     shutil.rmtree(folder, ignore_errors=True)
     with warnings.catch_warnings():
         # It asks for an input example, which it would run through the model; the signature is given.

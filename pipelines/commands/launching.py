@@ -99,8 +99,14 @@ def _summarise(result: RunResult) -> None:
 
 
 def _reports(view: RunView) -> list[Path]:
-    """Pages that steps wrote for people."""
-    pages = [Path(step.uri) / "report.html" for step in view.steps.values() if step.uri]
+    """Pages that steps wrote for people, on this machine."""
+    from modelmill.components.core.errors import UserError
+    from modelmill.components.core.store import local_copy, noted_folder
+
+    pages = []
+    for uri in filter(None, (step.uri for step in view.steps.values())):
+        with suppress(UserError):  # its store does not answer now
+            pages.append(local_copy(noted_folder(uri) / "data" / "report.html"))
     return [page for page in pages if page.is_file()]
 
 

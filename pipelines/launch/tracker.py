@@ -15,6 +15,7 @@ from modelmill.components.core import code
 from modelmill.components.core.events import RUN_VARIABLE, append_line
 from modelmill.components.core.home import Home
 from modelmill.components.core.recipe import Recipe
+from modelmill.components.core.store import noted_folder
 from modelmill.components.core.tracking import RUN_SPOOL
 from modelmill.pipelines.launch import backlog
 from modelmill.pipelines.launch.runs import Run
@@ -67,7 +68,7 @@ def announce(run: Run, recipe: Recipe) -> None:
 def conclude(run: Run, steps: Mapping[str, str], state: str) -> None:
     """Write a run's end: the manifests of its steps (step -> output URI) and its status."""
     for name, uri in steps.items():
-        manifest = Path(uri).parent / "manifest.json"
+        manifest = noted_folder(uri) / "manifest.json"
         if uri and manifest.is_file():
             record(run.folder, "artifact", path=str(manifest), folder=f"manifests/{name}")
     record(run.folder, "end", status=_MLFLOW_STATUS[state])
