@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.fakes.s3_server import own_s3_server, s3_server  # noqa: F401  (fixtures)
+
 # Half a minute to ten seconds of processor time each; goes with xdist's --dist loadfile --no-loadscope-reorder, as
 # by default files with many tests come first, and the long ones have few.
 LONGEST = (
