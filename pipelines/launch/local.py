@@ -50,6 +50,7 @@ class RunResult:
         exit_code: 0 only when every step succeeded; 2 a user's mistake, 1 another failure, 128 + signal number.
         message: what went wrong, in one line.
         tracking: what MLflow does not hold and why, in one line; empty when it holds everything.
+        links: pages about the run elsewhere, each with its name.
     """
 
     run: Run
@@ -58,6 +59,7 @@ class RunResult:
     exit_code: int
     message: str = ""
     tracking: str = ""
+    links: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass

@@ -46,6 +46,8 @@ class RunRecord:
         finished_before: steps that had finished in the runs this one continues.
         temporary: folder of its temporary files, gone when the run has ended.
         exit_code: what `modelmill run` returned.
+        place: where a run on a cluster is found: `endpoint`, `run_id` (of KFP), `profile`, `namespace`, `url`,
+            `pipeline_version`; empty for a run on this machine.
     """
 
     run_id: str
@@ -66,6 +68,7 @@ class RunRecord:
     message: str = ""
     resumed_from: str | None = None
     finished_before: list[str] = field(default_factory=list)
+    place: dict[str, str] = field(default_factory=dict)
 
 
 class Run:
@@ -147,8 +150,11 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`running`, `succeeded`, `failed`, `cancelled`, or `interrupted` when it died without saying so."""
-        if self.record.state in ENDED:
+        """`running`, `succeeded`, `failed`, `cancelled`, or `interrupted` when it died without saying so.
+
+        Of a run on a cluster it is what was seen last: see `kubeflow_runs.refresh`.
+        """
+        if self.record.state in ENDED or self.record.place:
             return self.record.state
         return "running" if self.alive else "interrupted"
 
@@ -205,7 +211,12 @@ def find_run(home: Home, reference: str) -> Run:
         raise UserError(f"run: there is no run in {home.runs}; start one with `modelmill run RECIPE`")
     if reference == LATEST:
         return runs[-1]
-    matches = [run for run in runs if run.id.startswith(reference)] or [run for run in runs if reference in run.id]
+    on_cluster = [run for run in runs if run.record.place.get("run_id") == reference]
+    matches = (
+        on_cluster
+        or [run for run in runs if run.id.startswith(reference)]
+        or [run for run in runs if reference in run.id]
+    )
     exact = [run for run in matches if run.id == reference]
     if len(exact or matches) == 1:
         return (exact or matches)[0]
