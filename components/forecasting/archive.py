@@ -87,7 +87,7 @@ class Archive(Protocol):
 def open_archive(config: PublishConfig) -> Archive:
     """The archive of a section."""
     if config.uri is not None and is_remote(config.uri):
-        return _Bucket(f"{config.uri.rstrip(chr(47))}/{config.name}", config.endpoint_url)
+        return _Bucket(f"{config.uri.rstrip('/')}/{config.name}", config.endpoint_url)
     place = local_path(config.uri, parameter=PARAMETER) if config.uri else Home.current().root / "forecasts"
     return _Folder(place.absolute() / config.name)
 

@@ -135,8 +135,8 @@ class SeriesConfig(Section):
     min_context: int = Field(default=3, ge=1, description="Points before the first window that must not be missing.")
     as_of: str = Field(
         default="",
-        description="Date (its end) or time, without an offset, up to which rows are read; empty: all. Later rows count"
-        " for known covariates only, so that a run of the past can be done now, and again.",
+        description="Date (its end) or time, without an offset, up to which rows are read; empty: all. Later rows"
+        " count for known covariates only, so that a run of the past can be done now, and again.",
     )
     frequency: str | None = Field(
         default=None, description="pandas alias such as h, D, W-SUN or MS for all series; null infers one for each."
