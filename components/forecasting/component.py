@@ -208,7 +208,7 @@ def search_chronos(
 ) -> None:
     """Search for the best training of a Chronos."""
     from modelmill.components.core.step import run_step
-    from modelmill.components.forecasting.search import search_chronos as step
+    from modelmill.components.forecasting.search_chronos import search_chronos as step
 
     inputs = {"series": series.path, "base": base.path}
     outputs = {"manifest": manifest.path, "report.html": report.path, "report.md": table.path}
@@ -226,7 +226,7 @@ def search_worker(
 ) -> None:
     """Run trials of a search that other workers share."""
     from modelmill.components.core.step import run_step
-    from modelmill.components.forecasting.search import search_worker as step
+    from modelmill.components.forecasting.search_chronos import search_worker as step
 
     inputs = {"series": series.path, "base": base.path}
     run_step(step, section, inputs, {"manifest": manifest.path}, {"worker": int(worker)})  # loops make it a float
@@ -245,7 +245,7 @@ def select_trial(
 ) -> None:
     """Take the best trial of all workers, or the base."""
     from modelmill.components.core.step import run_step
-    from modelmill.components.forecasting.search import select_trial as step
+    from modelmill.components.forecasting.search_chronos import select_trial as step
 
     inputs = {"series": series.path, "base": base.path}
     inputs |= {f"worker_{number}": worker.path for number, worker in enumerate(workers)}
