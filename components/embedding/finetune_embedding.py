@@ -6,7 +6,6 @@ This process imports no torch: what the training processes do is in `contrastive
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from modelmill.components.embedding.config import CONTRASTIVE, EmbeddingTraining
 from modelmill.components.embedding.pairs import read_pairs, track_pairs
 from modelmill.components.training.config import ParallelConfig, TrainingConfig
 from modelmill.components.training.journal import track_outcome
-from modelmill.components.training.launch import Launcher, LocalLauncher, TrainingJob, TrainingResult
+from modelmill.components.training.launch import Launcher, TrainingJob, TrainingResult, current_launcher
 from modelmill.components.training.worker import RankContext, run_rank
 
 MODULE = "modelmill.components.embedding.finetune_embedding"
@@ -59,11 +58,10 @@ def finetune_embedding(
         TrainingStoppedError: it was told to stop.
         RankFailedError: a training process crashed.
     """
-    place, folder, digest = launcher or LocalLauncher(), model_folder(base).absolute(), digest_of(base)
+    place, folder, digest = launcher or current_launcher(), model_folder(base).absolute(), digest_of(base)
     steps = _steps(config, pairs)
     training = engine(config, steps)
     place.check(training)
-    shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)  # an export that was cut off
     _announce(config, steps, digest, pairs)
     job = TrainingJob(
         module=MODULE,
@@ -75,6 +73,7 @@ def finetune_embedding(
         },
         training=training,
         scratch=output.parent.absolute(),
+        exports=(output.absolute() / MODEL_FOLDER,),
     )
     result = place.launch(job)
     track_outcome(output, result.metrics, steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,8 +100,6 @@ def run_job(
     Raises:
         UserError, TrainingStoppedError, RankFailedError: see `Launcher.launch`.
     """
-    for name in (ADAPTER_FOLDER, MODEL_FOLDER):
-        shutil.rmtree(output / name, ignore_errors=True)  # an export that was cut off
     job = TrainingJob(
         module=module,
         spec={
@@ -116,6 +113,7 @@ def run_job(
         },
         training=config.training,
         scratch=output.parent.absolute(),
+        exports=tuple(output.absolute() / name for name in (ADAPTER_FOLDER, MODEL_FOLDER)),
     )
     result = launcher.launch(job)
     track_outcome(output, result.metrics, config.training.steps)

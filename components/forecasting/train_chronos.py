@@ -78,7 +78,6 @@ def train_chronos(
     horizon = _horizon(config, sizes)
     windows = _windows(config, sizes, series)
     place.check(training)
-    shutil.rmtree(output / _MODEL, ignore_errors=True)  # an export that was cut off
     summary = {
         "family": sizes.family,
         "steps": training.steps,
@@ -105,6 +104,7 @@ def train_chronos(
         },
         training=training,
         scratch=output.parent.absolute(),
+        exports=(output.absolute() / _MODEL,),
     )
     result = place.launch(job)
     track_outcome(output, result.metrics, training.steps)

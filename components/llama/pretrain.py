@@ -100,7 +100,6 @@ def launch_training(
     if problem := layout_problem(model, parallel.tensor, length, parallel.sequence_parallel):
         raise UserError(problem)
     place.check(training)
-    shutil.rmtree(output / "model", ignore_errors=True)  # an export that was cut off
     for split in ("train", "validation"):
         tokens.path(f"{split}.bin")  # verified once here; the ranks find it verified
     _announce(model, training, tokens)
@@ -115,6 +114,7 @@ def launch_training(
         },
         training=training,
         scratch=output.parent.absolute(),
+        exports=(output.absolute() / "model",),
     )
     result = place.launch(job)
     track_outcome(output, result.metrics, training.steps)

@@ -47,12 +47,19 @@ class TrainingJob:
         spec: what the module needs, as JSON.
         training: layout, threads, precision and accelerator are read from it.
         scratch: folder for the job file, logs and the result; it survives a failed attempt.
+        exports: folders that the ranks write at their end; what a cut-off attempt left of them is removed before the
+            next one starts, and only then: a launcher may come back to an attempt that is still going on.
     """
 
     module: str
     spec: Mapping[str, Any]
     training: TrainingConfig
     scratch: Path
+    exports: tuple[Path, ...] = ()
+
+    def text(self) -> str:
+        """Content of the job file: all that the ranks are told."""
+        return json.dumps({"training": self.training.model_dump(mode="json"), **self.spec})
 
 
 class TrainingResult(BaseModel):
@@ -139,11 +146,18 @@ class RankFiles:
         """Why a rank ended, written by the rank itself."""
         return self.scratch / f"failure-{rank}.json"
 
-    def clear(self) -> None:
-        """Remove what an earlier attempt left."""
-        for path in (self.result, self.exits, *self.scratch.glob("failure-*.json")):
+    def prepare(self, job: TrainingJob) -> None:
+        """Remove what an earlier attempt left, and write the job file of the next."""
+        for path in (self.result, *self.scratch.glob("exits*.json"), *self.scratch.glob("failure-*.json")):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.logs, ignore_errors=True)
+        for folder in (self.logs, *job.exports):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.job.write_text(job.text())
+
+    def records(self, world_size: int) -> list[dict[str, Any]]:
+        """What the ranks say about their end, the earliest first: `rank`, `kind`, `message`, `time`."""
+        found = [read_json(self.failure(rank), None) for rank in range(world_size)]
+        return sorted((record for record in found if record), key=lambda record: record["time"])
 
 
 class LocalLauncher:
@@ -186,8 +200,7 @@ class LocalLauncher:
     def launch(self, job: TrainingJob) -> TrainingResult:
         self.check(job.training)
         files = RankFiles(job.scratch)
-        files.clear()
-        files.job.write_text(json.dumps({"training": job.training.model_dump(mode="json"), **job.spec}))
+        files.prepare(job)
         events.progress(f"starting {job.training.parallel.world_size} processes")
         process = subprocess.Popen(
             self._command(job, files),
@@ -215,28 +228,40 @@ class LocalLauncher:
         return [*torchrun, *rendezvous, *processes, *logs, "-m", job.module, str(files.job)]
 
     def _environment(self, training: TrainingConfig) -> dict[str, str]:
-        processes = training.parallel.processes_per_node
-        # Ranks that each start a thread a core would spend their time waiting for one another.
-        threads = training.threads_per_process or max(1, available_cores() // processes)
-        own = {
-            PARENT_VARIABLE: str(os.getpid()),
-            LAUNCHED_VARIABLE: repr(time.time()),
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log
-            # Neuron devices round each cast to bf16 stochastically or none; with fp32 weights that would be a mistake.
-            "NEURON_RT_STOCHASTIC_ROUNDING_EN": str(int(training.precision == "bf16-stochastic")),
-            "NEURON_RT_STOCHASTIC_ROUNDING_SEED": str(training.seed),
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "rank ${rank}: ",
-        }
-        defaults = {
-            # Without it gloo resolves the host's name, which fails or waits on a laptop off the network.
-            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what torch's deterministic mode asks of cuBLAS
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        return {**defaults, **os.environ, **own}
+        own = {PARENT_VARIABLE: str(os.getpid()), **rank_variables(training, available_cores(), time.time())}
+        # Without it gloo resolves the host's name, which fails or waits on a laptop off the network.
+        loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+        return {**loopback, **RANK_DEFAULTS, **os.environ, **own}
+
+
+RANK_DEFAULTS = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what torch's deterministic mode asks of cuBLAS
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Variables of training processes unless a place or a user sets them otherwise."""
+
+
+def rank_variables(training: TrainingConfig, cores: int, launched: float) -> dict[str, str]:
+    """Variables that every training process gets, wherever it runs.
+
+    Args:
+        training: the training section.
+        cores: that the processes of one machine share.
+        launched: when the launcher began, seconds since the epoch.
+    """
+    # Ranks that each start a thread a core would spend their time waiting for one another.
+    threads = training.threads_per_process or max(1, cores // training.parallel.processes_per_node)
+    return {
+        LAUNCHED_VARIABLE: repr(launched),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log
+        # Neuron devices round each cast to bf16 stochastically or none; with fp32 weights that would be a mistake.
+        "NEURON_RT_STOCHASTIC_ROUNDING_EN": str(int(training.precision == "bf16-stochastic")),
+        "NEURON_RT_STOCHASTIC_ROUNDING_SEED": str(training.seed),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "rank ${rank}: ",
+    }
 
 
 @contextmanager
@@ -265,7 +290,7 @@ def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
 def _failure(files: RankFiles, world_size: int, code: int, received: list[int]) -> Exception:
     """What to raise for a job that ended badly: the cause, not the ranks that fell over after it."""
-    records = _rank_records(files, world_size)
+    records = files.records(world_size)
     if mistakes := [record for record in records if record["kind"] == "user"]:
         return UserError(mistakes[0]["message"])
     stopped = next((record for record in records if record["kind"] == "stopped"), None)
@@ -273,7 +298,7 @@ def _failure(files: RankFiles, world_size: int, code: int, received: list[int]) 
         name = signal.Signals(received[0]).name if received else "SIGTERM"
         what = stopped["message"] if stopped else "before the first step was done"
         return TrainingStoppedError(f"training was stopped by {name} {what}; run it again to go on")
-    exits = {entry["rank"]: entry["exit_code"] for entry in _read_json(files.exits, [])}
+    exits = {entry["rank"]: entry["exit_code"] for entry in read_json(files.exits, [])}
     # torchrun ends the remaining ranks with SIGTERM; a rank that another signal killed is the cause, otherwise the
     # one that raised first: the others lost their connection to it.
     killed = [rank for rank, exit_code in exits.items() if exit_code < 0 and exit_code != -signal.SIGTERM]
@@ -287,13 +312,8 @@ def _failure(files: RankFiles, world_size: int, code: int, received: list[int]) 
     )
 
 
-def _rank_records(files: RankFiles, world_size: int) -> list[dict[str, Any]]:
-    """What the ranks say about their end, the earliest first."""
-    found = [_read_json(files.failure(rank), None) for rank in range(world_size)]
-    return sorted((record for record in found if record), key=lambda record: record["time"])
-
-
-def _read_json(path: Path, missing: Any) -> Any:
+def read_json(path: Path, missing: Any) -> Any:
+    """Content of a JSON file, or `missing` where there is none or it is damaged."""
     with suppress(OSError, ValueError):
         return json.loads(path.read_bytes())
     return missing
