@@ -13,7 +13,18 @@ import traceback
 import click
 
 from modelmill.components.core.errors import UserError
-from modelmill.pipelines.commands import compiling, launching, listing, planning, reading, registry, serving
+from modelmill.pipelines.commands import (
+    cancelling,
+    compiling,
+    fetching,
+    launching,
+    listing,
+    planning,
+    reading,
+    registry,
+    scheduling,
+    serving,
+)
 
 _EPILOG = """\b
 Examples:
@@ -53,6 +64,11 @@ for command in (
     reading.runs_command,
     reading.logs_command,
     launching.resume_command,
+    cancelling.cancel_command,
+    fetching.report_command,
+    fetching.fetch_command,
+    scheduling.schedule_command,
+    scheduling.schedules_command,
     serving.ui_command,
     registry.models_command,
     registry.rollback_command,

@@ -159,12 +159,14 @@ def _announce(folder: Path) -> None:
 
 def _conclude(folder: Path, state: str) -> None:
     """Write the run's end: the manifests of its steps and its status."""
+    from modelmill.components.core.store import noted_folder
+
     with suppress(OSError):  # a full disk: the parent run stays open in MLflow
         outputs = {
             event["step"]: event["uri"] for _, event in events.read_lines(folder / "events.jsonl") if "uri" in event
         }
         for step, uri in outputs.items():
-            manifest = Path(uri).parent / "manifest.json"
+            manifest = noted_folder(uri) / "manifest.json"
             if manifest.is_file():
                 tracking.record("artifact", spool=RUN_SPOOL, path=str(manifest), folder=f"manifests/{step}")
         tracking.record("end", spool=RUN_SPOOL, status=_STATES.get(state, "KILLED"))

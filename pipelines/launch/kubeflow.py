@@ -114,6 +114,11 @@ class Endpoint:
             )
 
     @property
+    def where(self) -> dict[str, Any]:
+        """The namespace as an argument, for servers that have several."""
+        return {"namespace": self.namespace} if self.namespace else {}
+
+    @property
     def ui(self) -> str:
         return (self.config.ui or self.address).rstrip("/")
 
@@ -213,7 +218,7 @@ class Endpoint:
         """Id of a pipeline, made when there is none."""
         import kfp_server_api as models
 
-        where = {"namespace": self.namespace} if self.namespace else {}
+        where = self.where
         services = self.api.pipelines
         for attempt in (1, 2):
             with suppress(NotThere):
@@ -230,7 +235,7 @@ class Endpoint:
         """Id of an experiment of KFP, made when there is none."""
         import kfp_server_api as models
 
-        where = {"namespace": self.namespace} if self.namespace else {}
+        where = self.where
         services = self.api.experiments
         for attempt in (1, 2):
             found = self.listed(
@@ -299,7 +304,7 @@ class Endpoint:
 
     def runs(self, limit: int) -> list[Any]:
         """Runs of the namespace, newest first."""
-        where = {"namespace": self.namespace} if self.namespace else {}
+        where = self.where
         return self.listed(
             self.api.runs.run_service_list_runs, "runs", limit=limit, sort_by="created_at desc", **where
         )

@@ -88,8 +88,8 @@ def schedule(
 ) -> tuple[Schedule, Literal["created", "updated", "unchanged"]]:
     """Make a schedule what it should be: at most one has the name afterwards.
 
-    The new one is made before the old one goes, so that an interruption leaves two, which the next call mends, and never
-    none. A paused schedule stays paused.
+    The new one is made before the old one goes: an interruption leaves two, which the next call mends, and never none.
+    A paused schedule stays paused.
 
     Args:
         placement: recipe and profile.
@@ -211,9 +211,8 @@ def delete(endpoint: Endpoint, each: Schedule) -> None:
 
 
 def _listed(endpoint: Endpoint, **named: Any) -> list[Schedule]:
-    where = {"namespace": endpoint.namespace} if endpoint.namespace else {}
     action = endpoint.api.recurring_runs.recurring_run_service_list_recurring_runs
-    return [_read(each) for each in endpoint.listed(action, "recurring_runs", **where, **named)]
+    return [_read(each) for each in endpoint.listed(action, "recurring_runs", **endpoint.where, **named)]
 
 
 def _read(found: Any) -> Schedule:
