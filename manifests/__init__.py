@@ -1,0 +1,1 @@
+"""What a cluster needs besides the runs themselves: see docs/operations.md."""
