@@ -121,6 +121,14 @@ SHIPPED = Catalog(
             recipe="modelmill.pipelines.recipes.chronos_forecast:ChronosForecastRecipe",
             dag="modelmill.pipelines.chronos_forecast:chronos_forecast",
         ),
+        "chronos_tune": Pipeline(
+            recipe="modelmill.pipelines.recipes.chronos_tune:ChronosTuneRecipe",
+            dag="modelmill.pipelines.chronos_tune:chronos_tune",
+        ),
+        "reforecast": Pipeline(
+            recipe="modelmill.pipelines.recipes.reforecast:ReforecastRecipe",
+            dag="modelmill.pipelines.reforecast:reforecast",
+        ),
         "activation_sweep": Pipeline(
             recipe="modelmill.pipelines.recipes.activation_sweep:ActivationSweepRecipe",
             dag="modelmill.pipelines.activation_sweep:activation_sweep",

@@ -176,7 +176,9 @@ class _Judged:
             # A later forecast that was judged already leaves room for this one only if they do not overlap.
             free = self._taken[number] == self.table.lengths[number] or origin + horizon <= self._taken[number]
             if origin < self.table.lengths[number] and free:
-                rows.append(row), numbers.append(number), origins.append(origin)
+                rows.append(row)
+                numbers.append(number)
+                origins.append(origin)
         return np.array(rows, np.int64), np.array(numbers, np.int64), np.array(origins, np.int64)
 
     def scores(self) -> pa.Table:
