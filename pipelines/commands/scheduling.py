@@ -102,8 +102,8 @@ def schedules_command(action: str, name: str | None, profile: str, as_json: bool
         return
     if action == "delete":
         scheduling.one(endpoint, name)
-        for each in scheduling.find(endpoint, name):
-            scheduling.delete(endpoint, each)
+        for held in scheduling.find(endpoint, name):
+            scheduling.delete(endpoint, held)
         click.echo(f"deleted: {name}")
         return
     scheduling.set_enabled(endpoint, name, action == "resume")
