@@ -12,6 +12,12 @@ from modelmill.components.core.errors import UserError
 from modelmill.pipelines.commands.console import as_json, print_json, print_table
 
 _DEFAULT_PORT = 5000
+_DOCTOR_EXAMPLES = """\b
+Examples:
+  modelmill doctor
+  modelmill doctor --profile eks-p5
+  modelmill doctor gpu/llama3-8b --profile eks-p5 --in-cluster
+"""
 
 
 @click.command("ui", epilog="\b\nExamples:\n  modelmill ui\n  modelmill ui --port 8080 --no-browser")
@@ -94,14 +100,33 @@ def _open_when_up(address: str, port: int) -> None:
     os._exit(0)
 
 
-@click.command("doctor", epilog="\b\nExamples:\n  modelmill doctor\n  modelmill doctor --json")
+@click.command("doctor", epilog=_DOCTOR_EXAMPLES)
+@click.argument("recipe", required=False)
+@click.option("--profile", metavar="NAME", help="Look at the cluster of this profile instead of this machine.")
+@click.option("--profile-set", multiple=True, metavar="KEY=VALUE", help="Change one value of the profile.")
+@click.option("--in-cluster", is_flag=True, help="With --profile: also look from a short-lived Job in the cluster.")
 @as_json
-def doctor_command(as_json: bool) -> None:
-    """Check the machine, the installation, the disk and the tracking store."""
-    from modelmill.components.core.home import Home
-    from modelmill.pipelines.doctor.machine import examine
+def doctor_command(
+    recipe: str | None, profile: str | None, profile_set: tuple[str, ...], in_cluster: bool, as_json: bool
+) -> None:
+    """Check this machine, or with --profile a cluster, before anything is spent.
 
-    findings = examine(Home.current())
+    A RECIPE says how many nodes its training job needs; without one, room for a single node is looked for.
+    """
+    from modelmill.components.core.home import Home
+    from modelmill.pipelines.doctor import cluster, machine
+
+    if profile is None:
+        if recipe or profile_set or in_cluster:
+            raise UserError("doctor: RECIPE, --profile-set and --in-cluster need --profile NAME")
+        findings = machine.examine(Home.current())
+    else:
+        from modelmill.pipelines.platform import load_profile
+
+        place = load_profile(profile, profile_set)
+        if place.where != "cluster":
+            raise UserError(f"--profile: {profile} is this machine; leave --profile out, or name one of a cluster")
+        findings = cluster.examine(place, _nodes(recipe), in_cluster=in_cluster)
     if as_json:
         print_json([vars(finding) for finding in findings])
     else:
@@ -109,3 +134,14 @@ def doctor_command(as_json: bool) -> None:
         print_table(rows)
     if any(finding.level == "fail" for finding in findings):
         sys.exit(1)
+
+
+def _nodes(recipe: str | None) -> int:
+    """Nodes of the training job of a recipe."""
+    if recipe is None:
+        return 1
+    from modelmill.pipelines import catalog
+
+    configs = [step.config for step in catalog.load(recipe).steps()]
+    layouts = [getattr(getattr(config, "training", None), "parallel", None) for config in configs]
+    return max((layout.nodes for layout in layouts if layout is not None), default=1)

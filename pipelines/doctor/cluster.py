@@ -1,7 +1,7 @@
 """The cluster of a profile: everything that a run would find missing there, looked at before it costs anything.
 
-Who asks is the user of the kubeconfig; what a service account may do is asked of the API server in its name. A question
-that the user may not ask is a warning that names the question.
+Who asks is the user of the kubeconfig; what a service account may do is asked of the API server in its name. A
+question that the user may not ask is a warning that names the question.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _INSTALL = {
     "--create-namespace",
     KARPENTER[0]: "helm upgrade --install karpenter oci://public.ecr.aws/karpenter/karpenter -n kube-system",
 }
+_APPLY = "kubectl apply --server-side -k manifests/overlays/eks"
 _ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 _ENFORCE = "pod-security.kubernetes.io/enforce"
 _ROLE = "eks.amazonaws.com/role-arn"
@@ -34,7 +35,7 @@ _ROLE = "eks.amazonaws.com/role-arn"
 _OF_USER = (("list", "pods"), ("get", "pods/log"), ("list", "events"))
 _OF_USER_WITH_JOBS = (("get", "trainjobs"), ("list", "trainjobs"), ("delete", "trainjobs"))
 _OF_LAUNCHER = (
-    *((verb, "trainjobs") for verb in ("create", "get", "list", "watch", "delete")),
+    *((verb, "trainjobs") for verb in ("create", "get", "list", "watch", "patch", "delete")),
     *(("list", "pods"), ("get", "pods/log"), ("list", "events")),
 )
 _OF_KFP = (("create", "runs"), ("get", "runs"), ("list", "runs"), ("terminate", "runs"))
@@ -86,7 +87,7 @@ def access(target: Target) -> Iterator[Finding]:
 
 def served(target: Target) -> Iterator[Finding]:
     profile, job = target.profile, target.profile.trainjob if target.profile.launcher == "trainjob" else None
-    wanted = [TRAINER, JOBSET] if job else []
+    wanted: list[tuple[str, ...]] = [TRAINER, JOBSET] if job else []
     wanted += [KUEUE] if job and job.queue else []
     places = [profile.step, profile.device_step, job]
     if any(key.startswith("karpenter.sh/") for place in places if place for key in place.node_selector):
@@ -107,7 +108,7 @@ def namespace(target: Target) -> Iterator[Finding]:
     name = target.profile.namespace
     found = target.kube.find(f"/api/v1/namespaces/{name}")
     if found is None:
-        yield Finding("fail", "namespace", f"{name} does not exist", "kubectl apply -k manifests/overlays/eks")
+        yield Finding("fail", "namespace", f"{name} does not exist", _APPLY)
         return
     level = found["metadata"].get("labels", {}).get(_ENFORCE)
     if level == "restricted":
@@ -138,6 +139,8 @@ def secrets(target: Target) -> Iterator[Finding]:
     profile = target.profile
     wanted = {profile.tracking.secret: "login of MLflow"} if profile.tracking.secret else {}
     wanted |= {reference.partition("/")[0]: variable for variable, reference in profile.secrets.items()}
+    if profile.launcher == "trainjob" and profile.trainjob:
+        wanted |= {reference.partition("/")[0]: variable for variable, reference in profile.trainjob.secrets.items()}
     for name, purpose in wanted.items():
         if target.kube.names_it(f"/api/v1/namespaces/{profile.namespace}/secrets/{name}"):
             yield Finding("ok", "secret", f"{name} exists ({purpose}); its content was not read")
@@ -152,7 +155,12 @@ def volumes(target: Target) -> Iterator[Finding]:
         found = target.kube.find(f"/api/v1/namespaces/{profile.namespace}/persistentvolumeclaims/{volume.claim}")
         show = f"kubectl -n {profile.namespace} describe pvc {volume.claim}"
         if found is None:
-            yield Finding("fail", "volume", f"claim {volume.claim} does not exist", "kubectl apply -k manifests/...")
+            yield Finding(
+                "fail",
+                "volume",
+                f"claim {volume.claim} does not exist",
+                _APPLY,
+            )
             continue
         phase = found.get("status", {}).get("phase", "Pending")
         modes = found.get("status", {}).get("accessModes") or found["spec"].get("accessModes", [])
@@ -178,7 +186,7 @@ def runtime(target: Target) -> Iterator[Finding]:
     if found is None:
         names = [each["metadata"]["name"] for each in target.kube.get(base)["items"]]
         text = f"no ClusterTrainingRuntime {job.runtime}; there are {', '.join(sorted(names)) or 'none'}"
-        yield Finding("fail", "runtime", text, "kubectl apply -k manifests/..., or set trainjob.runtime")
+        yield Finding("fail", "runtime", text, f"{_APPLY}, or set trainjob.runtime")
         return
     jobs = found["spec"].get("template", {}).get("spec", {}).get("replicatedJobs", [])
     labels = [each.get("template", {}).get("metadata", {}).get("labels", {}).get(_ANCESTOR) for each in jobs]
@@ -220,7 +228,7 @@ def _allowed(
     if lacking:
         text = f"{who} may not {', '.join(lacking)} in {space}, which {purpose} needs"
         yield Finding(
-            "fail", "permissions", text, _binding("modelmill-launcher" if account else "view", space, account)
+            "fail", "permissions", text, _binding("trainjob-launcher" if account else "view", space, account)
         )
     else:
         yield Finding("ok", "permissions", f"{who} may do what {purpose} needs in {space}")
@@ -241,22 +249,28 @@ def _binding(role: str, space: str, account: str | None = None) -> str:
     return f"kubectl -n {space} create rolebinding {role} --{kind} {role} {subject}"
 
 
-def examine(profile: Profile, nodes: int = 1) -> list[Finding]:
+def examine(profile: Profile, nodes: int = 1, *, in_cluster: bool = False) -> list[Finding]:
     """Look at the cluster of a profile and at the services that a run on it uses.
 
     Args:
         profile: of the run.
         nodes: nodes of its training job.
+        in_cluster: also start a short-lived Job there that looks as the pods of a run.
 
     Raises:
         UserError: the Kubernetes client is not installed.
     """
-    from modelmill.pipelines.doctor import capacity, services
+    from modelmill.pipelines.doctor import inside, queues, services
+    from modelmill.pipelines.doctor import nodes as machines
 
     findings = list(_profile(profile))
-    checks = (access, served, namespace, accounts, secrets, volumes, runtime, permissions, *capacity.CHECKS)
+    checks: tuple[Check, ...] = (access, served, namespace, accounts, secrets, volumes, runtime, permissions)
+    checks += (queues.queue, queues.namespace_quota, machines.nodes, machines.neuron_driver)
     try:
-        findings += ask(checks, Target(Kube.connect(), profile, nodes))
+        kube = Kube.connect()
+        findings += ask(checks, Target(kube, profile, nodes))
+        if in_cluster:
+            findings += inside.examine(profile, kube)
     except Unreachable as error:
         fix = "aws eks update-kubeconfig --name CLUSTER, or name a file in KUBECONFIG"
         findings.append(Finding("fail", "kubernetes", str(error), fix))

@@ -1,4 +1,4 @@
-"""Questions to the Kubernetes API, each answered or explained; nothing here changes the cluster."""
+"""Questions to the Kubernetes API, each answered or explained."""
 
 from __future__ import annotations
 
@@ -73,6 +73,17 @@ class Kube:
                 return None
             raise
 
+    def text(self, path: str) -> str:
+        """What a path answers in plain text, such as a pod's log."""
+        return self._call("GET", path, accept="*/*", kind="str")
+
+    def create(self, path: str, body: Json) -> Json:
+        return self._call("POST", path, body=body)
+
+    def delete(self, path: str) -> None:
+        """Delete an object and, in the background, what it owns."""
+        self._call("DELETE", path, body={"propagationPolicy": "Background"})
+
     def names_it(self, path: str) -> bool:
         """Whether an object exists; its content, such as a secret's, is not asked for."""
         try:
@@ -120,7 +131,8 @@ class Kube:
         query: Mapping[str, str] | None = None,
         body: Json | None = None,
         accept: str = "application/json",
-    ) -> Json:
+        kind: str = "object",
+    ) -> Any:
         import urllib3
         from kubernetes.client import ApiException
 
@@ -132,7 +144,7 @@ class Kube:
                 header_params={"Accept": accept, "Content-Type": "application/json"},
                 body=body,
                 auth_settings=["BearerToken"],
-                response_type="object",
+                response_type=kind,
                 _request_timeout=_TIMEOUT,
             )
         except ApiException as error:

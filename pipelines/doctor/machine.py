@@ -16,7 +16,7 @@ from pathlib import Path
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
-from modelmill.pipelines.doctor.finding import Finding, collect
+from modelmill.pipelines.doctor.finding import Finding, Level, collect
 
 _GIB = 2**30
 _ABANDONED = 24 * 3600  # seconds after which a folder of an unfinished step is worth a word
@@ -41,7 +41,7 @@ def examine(home: Home) -> list[Finding]:
 
 def _python(home: Home) -> Iterator[Finding]:
     version = platform.python_version()
-    level = "ok" if sys.version_info >= (3, 11) else "fail"
+    level: Level = "ok" if sys.version_info >= (3, 11) else "fail"
     kind = "virtual environment" if sys.prefix != sys.base_prefix else "system interpreter"
     yield Finding(
         level, "python", f"{version}, {kind} {sys.prefix}", "" if level == "ok" else "use Python 3.11 or newer"
