@@ -44,6 +44,9 @@ class TrainJobConfig(Section):
         default=None, description="Kueue topology level that holds all nodes of a job, such as a network node layer."
     )
     environment: dict[str, str] = Field(default={}, description="Variables of the training processes.")
+    secrets: dict[str, str] = Field(
+        default={}, description="Variable of the training processes -> `secret/key` that holds its value."
+    )
     grace_seconds: PositiveInt = Field(
         default=300, description="Time between SIGTERM and SIGKILL: at least one blocking checkpoint."
     )
