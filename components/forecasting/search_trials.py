@@ -278,22 +278,33 @@ def train_section(
         told = json.loads(marker.read_bytes())
         if told["step"] == step and weights_digest(data / _MODEL) == told["metadata"]["weights_digest"]:
             return Manifest.describe(data, kind="model", counts=told["counts"], metadata=told["metadata"])
-    section = config.training_of(params)
-    result: StepResult
-    if isinstance(section, Chronos2TuneConfig):
-        from modelmill.components.forecasting.tune_chronos2 import tune_chronos2
-
-        shutil.rmtree(folder, ignore_errors=True)
-        data.mkdir(parents=True)
-        result = tune_chronos2(section, data, series=series, base=base)
-    else:
-        data.mkdir(parents=True, exist_ok=True)
-        until = step if step < section.training.steps else None
-        result = train_chronos(section, data, series=series, base=base, launcher=launcher, until=until)
+    result = _train(config, params, folder, step, series=series, base=base, launcher=launcher)
     temporary = marker.with_name(f".{_TRAINED}")
     temporary.write_text(json.dumps({"step": step, "counts": result.counts, "metadata": result.metadata}))
     os.replace(temporary, marker)
     return Manifest.describe(data, kind=result.kind, counts=result.counts, metadata=result.metadata)
+
+
+def _train(
+    config: SearchConfig,
+    params: Params,
+    folder: Path,
+    step: int,
+    *,
+    series: Manifest,
+    base: Manifest,
+    launcher: Launcher | None,
+) -> StepResult:
+    data, section = folder / "data", config.training_of(params)
+    if isinstance(section, Chronos2TuneConfig):
+        from modelmill.components.forecasting.tune_chronos2 import tune_chronos2
+
+        shutil.rmtree(folder, ignore_errors=True)  # its library goes on from no checkpoint
+        data.mkdir(parents=True)
+        return tune_chronos2(section, data, series=series, base=base)
+    data.mkdir(parents=True, exist_ok=True)
+    until = step if step < section.training.steps else None
+    return train_chronos(section, data, series=series, base=base, launcher=launcher, until=until)
 
 
 def _strip(folder: Path, *, keep_weights: bool) -> None:
