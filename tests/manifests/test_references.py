@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from modelmill.components.launchers import reaper
 from modelmill.components.launchers.trainjob_config import Toleration
+from modelmill.pipelines.doctor import inside as doctor
 from modelmill.pipelines.platform import Profile, load_profile, profile_names
 from tests.manifests.conftest import Objects, named, pods
 from tests.manifests.restricted import containers
@@ -21,6 +23,7 @@ SECRETS = {
 }
 # Made by KFP, Argo, JobSet and Trainer: labels of their pods, and namespaces of others.
 FOREIGN_LABELS = {"workflows.argoproj.io/workflow", "jobset.sigs.k8s.io/jobset-name"}
+DOCTOR = doctor.job(load_profile("kind"), "doctor")  # what `modelmill doctor --in-cluster` starts
 FOREIGN_NAMESPACES = {"kube-system", "kubeflow"}
 PROFILES = [name for name in profile_names() if load_profile(name).where == "cluster"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +141,7 @@ def test_services_budgets_and_policies_select_pods(objects: Objects) -> None:
         for t in pods(objects).values()
         if "metadata" in t
     ]
+    made.append(("modelmill", DOCTOR["spec"]["template"]["metadata"]["labels"]))
     for each in objects:
         spec, namespace = each.get("spec", {}), each["metadata"].get("namespace")
         selector = {
@@ -258,14 +262,18 @@ def test_charts_are_pinned_and_have_values(filled: Path) -> None:
 
 
 def test_kinds_images_are_those_of_its_profile(overlays: dict[str, Objects]) -> None:
-    reaper = pods(overlays["kind"])["CronJob modelmill-reaper"]["spec"]["containers"][0]
-    assert reaper["image"] == load_profile("kind").image("cpu")
+    container = pods(overlays["kind"])["CronJob modelmill-reaper"]["spec"]["containers"][0]
+    assert container["image"] == load_profile("kind").image("cpu")
 
 
 def test_reaper_runs_the_module_with_its_arguments(objects: Objects) -> None:
     (container,) = containers(pods(objects)["CronJob modelmill-reaper"]["spec"])
     assert container["command"] == ["python", "-m", "modelmill.components.launchers.reaper"]
     assert container["args"][0] == "--namespace"
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    assert variables.keys() >= {reaper.ENDPOINT_VARIABLE, reaper.TOKEN_PATH_VARIABLE}
+    token = variables[reaper.TOKEN_PATH_VARIABLE]
+    assert any(token.startswith(f"{mount['mountPath']}/") for mount in container["volumeMounts"])
 
 
 def test_jobs_may_wait_as_long_as_the_launching_step_lives() -> None:

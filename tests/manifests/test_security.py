@@ -16,6 +16,7 @@ from modelmill.components.launchers import trainjob_render
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.launch import TrainingJob
 from modelmill.components.training.layout import ParallelConfig
+from modelmill.pipelines.doctor import cluster, inside
 from modelmill.pipelines.platform import load_profile, profile_names
 from tests.manifests.conftest import VALUES, Objects, named, pods
 from tests.manifests.restricted import containers, violations
@@ -63,7 +64,7 @@ def test_rendered_objects_hold_the_teams_values_only_where_told(objects: Objects
 
 def test_no_secret_is_shipped_and_none_is_in_plain_text(objects: Objects) -> None:
     assert not named(objects, "Secret")
-    secret = re.compile(r"PASSWORD|TOKEN|SECRET|CREDENTIAL|STORE_URI", re.IGNORECASE)
+    secret = re.compile(r"(PASSWORD|TOKEN|SECRET|CREDENTIAL|STORE_URI)(?!.*_PATH$)")
     seen = 0
     for owner, template in pods(objects).items():
         for container in containers(template["spec"]):
@@ -195,6 +196,21 @@ def test_roles_grant_the_least(objects: Objects) -> None:
         for subject in each["subjects"]
     }
     assert "modelmill-trainer" not in bound, "training pods have no business with the API"
+
+
+def test_the_launchers_role_is_what_doctor_asks_about(objects: Objects) -> None:
+    granted = {
+        (verb, resource)
+        for role in ("trainjob-launcher", "pipeline-steps")
+        for rule in named(objects, "Role")[role]["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert set(cluster._OF_LAUNCHER) <= granted
+
+
+def test_doctors_job_passes_restricted() -> None:
+    assert violations(inside.job(load_profile("kind"), "doctor")["spec"]["template"]["spec"]) == []
 
 
 def policies(filled: Path) -> list[Path]:
