@@ -129,6 +129,10 @@ SHIPPED = Catalog(
             recipe="modelmill.pipelines.recipes.reforecast:ReforecastRecipe",
             dag="modelmill.pipelines.reforecast:reforecast",
         ),
+        "chronos_search": Pipeline(
+            recipe="modelmill.pipelines.recipes.chronos_search:ChronosSearchRecipe",
+            dag="modelmill.pipelines.chronos_search:chronos_search",
+        ),
         "activation_sweep": Pipeline(
             recipe="modelmill.pipelines.recipes.activation_sweep:ActivationSweepRecipe",
             dag="modelmill.pipelines.activation_sweep:activation_sweep",

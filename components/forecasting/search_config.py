@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from modelmill.components.core.manifest import json_digest
 from modelmill.components.core.recipe import Section
@@ -19,6 +19,8 @@ Params = dict[str, float | int]
 
 class SearchSpace(Section):
     """What is tried; what is left out stays as the training's section says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: tuple[PositiveFloat, PositiveFloat] = Field(
         default=(1e-5, 1e-4),
