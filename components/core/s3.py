@@ -7,10 +7,12 @@ imported when the first object is asked for.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ class RemoteObject:
 
 
 def s3_client(endpoint_url: str | None, parameter: str) -> Any:
-    """A boto3 client.
+    """A boto3 client, the same one until a setting of AWS in the environment changes (making one takes a while).
 
     Args:
         endpoint_url: of an S3-compatible store; None means AWS, or what AWS's own variables name.
@@ -54,24 +56,32 @@ def s3_client(endpoint_url: str | None, parameter: str) -> Any:
         UserError: boto3 is not installed, or the settings of the machine are wrong.
     """
     try:
-        import boto3
-        from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ImportError:
         raise UserError(f"{parameter}: reading s3:// needs boto3; pip install 'modelmill[aws]'") from None
+    settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    try:
+        return _client(endpoint_url, settings, os.getpid())  # a fork must not share its parent's connections
+    except (BotoCoreError, ValueError) as error:  # no region, no such profile, an endpoint that is no URL
+        raise UserError(f"{parameter}: {error}; check AWS_REGION, AWS_PROFILE and the endpoint") from None
+
+
+@lru_cache(maxsize=4)
+def _client(endpoint_url: str | None, settings: tuple[tuple[str, str], ...], process: int) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells a step's log where each client's keys are from
     # Other stores rarely resolve bucket.host, as AWS does.
-    custom = endpoint_url or any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
+    custom = endpoint_url or any(name in _ENDPOINT_VARIABLES and value for name, value in settings)
     config = Config(
         connect_timeout=5,
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 4},
         s3={"addressing_style": "path"} if custom else {},
     )
-    try:
-        # A session of its own: the default one keeps the credentials it found first for the life of the process.
-        return boto3.session.Session().client("s3", endpoint_url=endpoint_url, config=config)
-    except (BotoCoreError, ValueError) as error:  # no region, no such profile, an endpoint that is no URL
-        raise UserError(f"{parameter}: {error}; check AWS_REGION, AWS_PROFILE and the endpoint") from None
+    # A session of its own: the default one keeps the credentials it found first for the life of the process.
+    return boto3.session.Session().client("s3", endpoint_url=endpoint_url, config=config)
 
 
 @contextmanager
@@ -111,6 +121,8 @@ def _refusal(error: Any) -> str:
         return f"access is denied; allow {_ACTIONS.get(error.operation_name, 's3:PutObject')}"
     if code in _REFUSED_KEYS:
         return f"the credentials are refused ({code}); correct AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret"
+    if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+        return f"S3 fails ({code}), also when asked again; try later"
     return _REMEDIES.get(code, f"S3 says {error}; mend that")
 
 

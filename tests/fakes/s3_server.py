@@ -95,7 +95,9 @@ class S3Server:
 
     def _answers(self) -> bool:
         try:
-            self.client(FULL).put_object(Bucket="started", Key="probe", Body=b"")  # makes the bucket, too
+            client = self.client(FULL)
+            client.put_object(Bucket="started", Key="probe", Body=b"x")  # makes the bucket, too
+            client.get_object(Bucket="started", Key="probe")["Body"].read()
         except Exception as error:
             if type(error).__module__.startswith("botocore"):
                 return False
