@@ -201,10 +201,10 @@ class _Follower:
         deadline = time.monotonic() + _DELIVERY_SECONDS
         self._process.terminate()
         self._wait(self._process, deadline)
-        # It may have waited for another pod's delivery all along, or ended before the last record was written.
-        last = self._start()
-        if last is not None:
-            self._wait(last, deadline)
+        if self._process.returncode < 0:  # it waited for another pod's delivery, or had not begun
+            last = self._start()
+            if last is not None:
+                self._wait(last, deadline)
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> None:
         try:
