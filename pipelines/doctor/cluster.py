@@ -27,7 +27,7 @@ _INSTALL = {
     "--create-namespace",
     KARPENTER[0]: "helm upgrade --install karpenter oci://public.ecr.aws/karpenter/karpenter -n kube-system",
 }
-_APPLY = "kubectl apply --server-side -k manifests/overlays/eks"
+_APPLY = "kubectl apply --server-side -k build/manifests/overlays/eks"
 _ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 _ENFORCE = "pod-security.kubernetes.io/enforce"
 _ROLE = "eks.amazonaws.com/role-arn"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Kube:
 
     @classmethod
     def connect(cls) -> Kube:
-        """Read `KUBECONFIG`, `~/.kube/config` or the pod's own account.
+        """With the pod's own account, else by `KUBECONFIG` or `~/.kube/config`.
 
         Raises:
             UserError: the client is not installed.
@@ -49,7 +50,11 @@ class Kube:
             raise UserError("kubernetes: its Python client is missing; pip install 'modelmill[kfp]'") from None
         configuration = client.Configuration()
         try:
-            config.load_config(client_configuration=configuration)
+            try:
+                config.load_incluster_config(client_configuration=configuration)
+            except config.ConfigException:
+                # Given here, because the client reads the variable once, when it is imported.
+                config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)
         except (config.ConfigException, OSError) as error:
             raise Unreachable(f"no usable kubeconfig: {' '.join(str(error).split())}") from None
         configuration.retries = False

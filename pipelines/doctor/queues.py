@@ -26,9 +26,7 @@ def queue(target: Target) -> Iterator[Finding]:
             for each in target.kube.get(f"{base}/namespaces/{job.namespace}/localqueues")["items"]
         ]
         text = f"no LocalQueue {job.queue} in {job.namespace}; there are {', '.join(sorted(names)) or 'none'}"
-        yield Finding(
-            "fail", "queue", text, "kubectl apply --server-side -k manifests/overlays/eks"
-        )
+        yield Finding("fail", "queue", text, "kubectl apply --server-side -k build/manifests/overlays/eks")
         return
     name = local["spec"]["clusterQueue"]
     cluster = target.kube.find(f"{base}/clusterqueues/{name}")
@@ -115,7 +113,7 @@ def _flavor(cluster: Json, flavor: Json, found: Json | None, wanted: Amounts, pl
         if each["name"] == flavor["name"]:
             used = {entry["name"]: entry for entry in each["resources"]}
     cohort = cluster["spec"].get("cohortName") or cluster["spec"].get("cohort")
-    waits = []
+    lacking, waits = [], []
     for entry in flavor["resources"]:
         amount = wanted.get(entry["name"])
         if amount is None:
@@ -124,11 +122,11 @@ def _flavor(cluster: Json, flavor: Json, found: Json | None, wanted: Amounts, pl
         limit = entry.get("borrowingLimit")
         most = None if cohort and limit is None else own + (quantity(limit) if cohort and limit else 0)
         if most is not None and amount > most:
-            return f"{entry['name']} {most:f} of {amount:f}", ""
+            lacking.append(f"{entry['name']} {most:f} of {amount:f}")
         free = own - quantity(used.get(entry["name"], {}).get("total", 0))
         if amount > free:
             waits.append(f"{entry['name']} {free:f} of {amount:f} free")
-    return "", ", ".join(waits)
+    return ", ".join(lacking), ", ".join(waits)
 
 
 def namespace_quota(target: Target) -> Iterator[Finding]:
