@@ -8,6 +8,7 @@ schema with unknown fields refused (an API server would drop them silently), key
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ _METADATA = {
     "managedFields", "selfLink",
 }  # fmt: skip
 _Json = dict[str, Any]
+logging.getLogger("celpy").setLevel(logging.WARNING)  # it describes every evaluation in pages
 
 
 def crd_folder() -> Path | None:
@@ -83,15 +85,15 @@ def builtin_problems(item: _Json, versions: tuple[str, ...] = VERSIONS) -> list[
     return found
 
 
-def custom_problems(item: _Json, old: _Json | None = None) -> list[str]:
-    """Problems of a custom resource by its CRD; `old` as for `problems`."""
+def custom_problems(item: _Json, old: _Json | None = None, *, rules: bool = True) -> list[str]:
+    """Problems of a custom resource by its CRD; `old` as for `problems`, `rules`: whether CEL rules are evaluated."""
     schema = crd_schema(item["apiVersion"], item["kind"])
     if schema is None:
         return [f"no CRD for {item['kind']} in {item['apiVersion']}"]
     whole = with_defaults(item)
     errors = _validator(item["apiVersion"], item["kind"]).iter_errors(whole)
     found = [_described(error) for error in errors]
-    return found or list(_rules(schema, whole, old, "$"))
+    return found or (list(_rules(schema, whole, old, "$")) if rules else [])
 
 
 def with_defaults(item: _Json) -> _Json:

@@ -89,6 +89,7 @@ class KubernetesApi:
         self.before_request: Callable[[str, str], None] | None = None
         self.version = version
         self.missing: set[str] = set()  # API groups that are not installed
+        self.longest_watch = 1800.0  # seconds
         self._faults: list[Fault] = []
         self._clock = itertools.count(time.time_ns())
         self._watches = 0  # grows when open watches are to be dropped
@@ -211,7 +212,8 @@ class KubernetesApi:
         return self._events(kind, namespace, query)
 
     def _events(self, kind: ResourceType, namespace: str, query: dict[str, str]) -> Iterator[Json]:
-        began, end = self._watches, time.monotonic() + float(query.get("timeoutSeconds", 30))
+        began = self._watches
+        end = time.monotonic() + min(float(query.get("timeoutSeconds", 30)), self.longest_watch)
         since = query.get("resourceVersion", "")
         if since in ("", "0"):
             with self.store.lock:

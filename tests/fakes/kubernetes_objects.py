@@ -217,7 +217,7 @@ class KubernetesStore:
                     new.pop("status", None)
                     new |= {"status": old["status"]} if "status" in old else {}
                 new = schemas.with_defaults(new)
-            self._check(new, old)
+            self._check(new, old, status_only)
             ignored = ("metadata", "status")
             if {k: v for k, v in new.items() if k not in ignored} != {
                 k: v for k, v in old.items() if k not in ignored
@@ -292,7 +292,7 @@ class KubernetesStore:
         for listener in self.on_change:
             listener(change)
 
-    def _check(self, item: Json, old: Json | None) -> None:
+    def _check(self, item: Json, old: Json | None, status_only: bool = False) -> None:
         meta = item["metadata"]
         found = [] if _NAME.match(meta.get("name", "")) else [f"metadata.name: {meta.get('name')!r} is no DNS name"]
         found += [
@@ -303,7 +303,7 @@ class KubernetesStore:
         if not schemas.is_custom(item):
             found += schemas.builtin_problems(item, schemas.VERSIONS[-1:])
         elif schemas.crd_folder() is not None and item["kind"] not in _WITHOUT_CRD:
-            found += schemas.custom_problems(item, old)
+            found += schemas.custom_problems(item, old, rules=not status_only)
         if found:
             self.rejected += found
             raise ApiError(422, "Invalid", f"{item['kind']} {meta.get('name')!r} is invalid: {'; '.join(found)}")
@@ -329,7 +329,7 @@ class KubernetesStore:
         while True:
             uids = {item["metadata"]["uid"] for item in self.objects.values()}
             moved = [self._collect_one(key, item, uids) for key, item in list(self.objects.items())]
-            if not any(moved):
+            if True not in moved:
                 return
 
     def _collect_one(self, key: Key, item: Json, uids: set[str]) -> bool:
@@ -350,7 +350,8 @@ class KubernetesStore:
             ]
             waiting = [other for other, entry in dependents if "deletionTimestamp" not in entry["metadata"]]
             for other in waiting:
-                self.delete(other, propagation="Foreground")
+                if other in self.objects:  # the deletion of another may have taken it along
+                    self.delete(other, propagation="Foreground")
             if not dependents:
                 rest = [name for name in meta["finalizers"] if name != _FOREGROUND]
                 self.edit(key, lambda entry: entry["metadata"].update(finalizers=rest))
