@@ -77,6 +77,7 @@ def outlook(
     device: str | None = None,
     mfu: float | None = None,
     price_per_hour: float | None = None,
+    elsewhere: bool = False,
 ) -> Outlook | None:
     """What the training of a recipe will need, or None for a recipe without `model`, `training` and `packing`.
 
@@ -87,6 +88,7 @@ def outlook(
         device: `cpu` or one of `estimate.known_devices()`; default by the recipe's accelerator.
         mfu: model FLOPs utilisation in (0, 1] to assume instead of a measured or usual one.
         price_per_hour: of one node.
+        elsewhere: it would train on another machine, about whose CPU nothing is known.
 
     Raises:
         UserError: the device is not known.
@@ -101,11 +103,14 @@ def outlook(
     memory = estimate.estimate_memory(model, training, length)
     tokens_per_step = training.global_batch_size * length
     flops = estimate.training_flops(model, training, length)
-    pace = None if device or mfu else _measured_pace(recipe, home, assumptions)
+    pace = None if device or mfu or elsewhere else _measured_pace(recipe, home, assumptions)
     tokens = tokens_per_step * training.steps
-    seconds = (
-        tokens / pace if pace else _seconds(flops, parallel.world_size, name, training.precision, mfu, assumptions)
-    )
+    if pace:
+        seconds: float | None = tokens / pace
+    elif elsewhere and name == CPU:
+        seconds = None
+    else:
+        seconds = _seconds(flops, parallel.world_size, name, training.precision, mfu, assumptions)
     gib = estimate.device_gib(name)
     return Outlook(
         layout=_layout(training),

@@ -137,7 +137,8 @@ class Profile(Section):
         if not isinstance(job, Mapping):
             return values
         home = values.get("home")
-        shared = {name: home[name] for name in ("claim", "mount") if name in home} if isinstance(home, Mapping) else {}
+        shared = {"claim": ""}  # without a home the profile is refused as a whole
+        shared |= {name: home[name] for name in ("claim", "mount") if isinstance(home, Mapping) and name in home}
         for name in ("namespace", "service_account"):
             shared[name] = values.get(name, cls.model_fields[name].default)
         try:
@@ -185,6 +186,16 @@ class Profile(Section):
         if not reference:
             raise UserError(f"images.registry: {self._empty()}")
         return reference
+
+    def pod(self, *, device: bool, launches: bool) -> StepResources:
+        """What the pod of a step asks for.
+
+        Args:
+            device: the step runs a model.
+            launches: it starts a training job, which runs in its own pod unless a launcher puts it elsewhere.
+        """
+        needs_device = device or (launches and self.launcher == "local")
+        return self.device_step if needs_device and self.device_step else self.step
 
     def check_submittable(self) -> None:
         """Refuse a run on a cluster before anything is sent, when the profile leaves out what only a team knows.

@@ -13,6 +13,7 @@ _GIB = 2**30
 # Dense peaks in FLOP/s of one device by (bf16, fp32), and its memory in GiB. Sparsity is never counted.
 # H100 SXM and H200: NVIDIA data sheets (bf16 1,979 with sparsity; fp32 outside the tensor cores 67).
 # A100: NVIDIA data sheet. B200: NVIDIA HGX B200 data sheet (4.5 PFLOP/s bf16 with sparsity, 75 TFLOP/s fp32 a GPU).
+# L4: NVIDIA data sheet (242 TFLOP/s bf16 with sparsity).
 # trn1: AWS instance page, 3,040 TFLOP/s bf16 and 760 fp32 for 32 cores. trn2: 20.8 PFLOP/s of 16 chips are fp8;
 # bf16 is 667 and fp32 181 a chip of 8 cores, 96 GiB (AWS Neuron documentation, Trainium2 architecture).
 _DEVICES: dict[str, tuple[float, float, float]] = {
@@ -21,8 +22,10 @@ _DEVICES: dict[str, tuple[float, float, float]] = {
     "b200": (2250e12, 75e12, 180),
     "a100": (312e12, 19.5e12, 40),
     "a100-80gb": (312e12, 19.5e12, 80),
+    "l4": (121e12, 30.3e12, 24),
     "trn1-core": (95e12, 23.75e12, 16),
     "trn2-core": (83.4e12, 22.6e12, 12),
+    "trn2-logical-core": (166.8e12, 45.2e12, 24),  # two cores, as a process has them by default (LNC=2)
 }
 
 # Bytes a parameter: weight, gradient, and the two moments of AdamW. Mixed precision keeps everything in fp32 and

@@ -1,4 +1,4 @@
-"""`modelmill list`: pipelines, their steps, and the recipes that configure them."""
+"""`modelmill list`: pipelines, their steps, the recipes that configure them, and the profiles they run under."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command("list", epilog="\b\nExamples:\n  modelmill list\n  modelmill list --json")
 @as_json
 def list_command(as_json: bool) -> None:
-    """Show pipelines, their steps and the recipes."""
+    """Show pipelines, their steps, the recipes and the profiles."""
     from modelmill.pipelines.catalog import current
 
     found = _collect(current())
@@ -28,6 +28,8 @@ def list_command(as_json: bool) -> None:
     print_table([(each["name"], each["description"]) for each in found["pipelines"]], indent=2)
     click.echo("\nRecipes")
     print_table([(each["name"], each["problem"] or each["description"]) for each in found["recipes"]], indent=2)
+    click.echo("\nProfiles")
+    print_table([(each["name"], each["problem"] or each["description"]) for each in found["profiles"]], indent=2)
     click.echo("\nSteps")
     print_table([(each["name"], each["function"], each["description"]) for each in found["steps"]], indent=2)
 
@@ -51,4 +53,16 @@ def _collect(catalog: Catalog) -> dict[str, list[dict[str, Any]]]:
             options = declared_options(step.function)
             entry = {"name": step.name, "function": step.function, "description": described(step.function)}
             steps.setdefault(step.function, {**entry, "reuse": options.reuse, "resumable": options.resumable})
-    return {"pipelines": pipelines, "recipes": recipes, "steps": list(steps.values())}
+    return {"pipelines": pipelines, "recipes": recipes, "profiles": _profiles(), "steps": list(steps.values())}
+
+
+def _profiles() -> list[dict[str, Any]]:
+    from modelmill.pipelines.platform import load_profile, profile_names
+
+    found = []
+    for name in profile_names():
+        try:
+            found.append({"name": name, "description": load_profile(name).description, "problem": ""})
+        except UserError as error:
+            found.append({"name": name, "description": "", "problem": f"broken: {error}"})
+    return found

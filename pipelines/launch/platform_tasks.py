@@ -76,6 +76,15 @@ def check_admissible(recipe: Recipe, profile: Profile) -> None:
         UserError: one line naming the parameter, its value and the fix.
     """
     profile.check_submittable()
+    check_layouts(recipe, profile)
+
+
+def check_layouts(recipe: Recipe, profile: Profile) -> None:
+    """Refuse layouts of training processes that a profile's devices cannot hold.
+
+    Raises:
+        UserError: one line naming the parameter, its value and the fix.
+    """
     for step in recipe.steps():
         training = getattr(step.config, "training", None)
         if not declared_options(step.function).launches or not hasattr(training, "parallel"):
@@ -214,8 +223,7 @@ def _place(task: Any, step: str, options: StepOptions, placement: Placement, com
     from kfp import kubernetes
 
     profile = placement.profile
-    trains_here = options.launches and profile.launcher == "local"
-    resources = profile.device_step if (options.device or trains_here) and profile.device_step else profile.step
+    resources = profile.pod(device=options.device, launches=options.launches)
     image = profile.image(resources.image)
     task.set_container_image(image)
     task.set_caching_options(False)  # ours knows the image, the code and the state outside; KFP's does not
