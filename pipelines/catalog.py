@@ -133,6 +133,10 @@ SHIPPED = Catalog(
             recipe="modelmill.pipelines.recipes.chronos_search:ChronosSearchRecipe",
             dag="modelmill.pipelines.chronos_search:chronos_search",
         ),
+        "deploy_forecaster": Pipeline(
+            recipe="modelmill.pipelines.recipes.deploy_forecaster:DeployForecasterRecipe",
+            dag="modelmill.pipelines.deploy_forecaster:deploy_forecaster",
+        ),
         "activation_sweep": Pipeline(
             recipe="modelmill.pipelines.recipes.activation_sweep:ActivationSweepRecipe",
             dag="modelmill.pipelines.activation_sweep:activation_sweep",

@@ -104,3 +104,44 @@ def report_outcome(
     ended = {"state": status.state, "error": status.error_message or ""}
     outputs = {"manifest": manifest.path, "report.md": report.path}
     run_step(step, section, {}, outputs, values={"status": ended})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def package_model(section: str, model: dsl.Input[dsl.Model], manifest: dsl.Output[dsl.Artifact]) -> None:
+    """Pack a model with its serving code and make a SageMaker model package of it."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.registry.sagemaker_package import package_model as step
+
+    run_step(step, section, {"model": model.path}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def deploy_endpoint(section: str, package: dsl.Input[dsl.Artifact], manifest: dsl.Output[dsl.Artifact]) -> None:
+    """Serve a model package by an endpoint of this run."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.registry.sagemaker_endpoint import deploy_endpoint as step
+
+    run_step(step, section, {"package": package.path}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def invoke_endpoint(
+    section: str,
+    package: dsl.Input[dsl.Artifact],
+    endpoint: dsl.Input[dsl.Artifact],
+    manifest: dsl.Output[dsl.Artifact],
+) -> None:
+    """Ask the endpoint what it must answer, and what it must refuse."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.registry.sagemaker_endpoint import invoke_endpoint as step
+
+    run_step(step, section, {"package": package.path, "endpoint": endpoint.path}, {"manifest": manifest.path})
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def delete_endpoint(section: str, status: dsl.PipelineTaskFinalStatus, manifest: dsl.Output[dsl.Artifact]) -> None:
+    """Delete what this run has deployed, however it ended."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.registry.sagemaker_deletion import delete_endpoint as step
+
+    run_step(step, section, {}, {"manifest": manifest.path}, values={"status": {"state": status.state}})

@@ -56,8 +56,9 @@ class FetchModelConfig(Section):
 
     reference: str = Field(
         min_length=1,
-        description="A local folder, models:/<name>@<alias> or models:/<name>/<version> of the registry, hf:<id> with"
-        " an optional @<revision>, or package:<import name>/<folder> for one that an installed package ships.",
+        description="A local folder, s3://<bucket>/<prefix>, models:/<name>@<alias> or models:/<name>/<version> of the"
+        " registry, hf:<id> with an optional @<revision>, or package:<import name>/<folder> for one that an installed"
+        " package ships.",
     )
     otherwise: str | None = Field(
         default=None,
@@ -81,7 +82,10 @@ class FetchModelConfig(Section):
         except NoSuchVersion as missing:
             if self.otherwise is None:
                 raise self.explained(missing) from None
-        return f"otherwise {model_state(self.otherwise, 'model.otherwise')}"
+        try:
+            return f"otherwise {model_state(self.otherwise, 'model.otherwise')}"
+        except NoSuchVersion as missing:
+            raise self.explained(missing) from None
 
     def explained(self, missing: UserError) -> UserError:
         """The error of a missing version, with the command that makes one where the recipe knows it."""

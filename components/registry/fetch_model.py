@@ -37,7 +37,7 @@ def fetch_model(config: FetchModelConfig, output: Path) -> StepResult:
 
     Returns:
         kind `model`; metadata `weights_digest`, `reference` (what was asked for), `version` (of the registry or the
-        Hub, else empty), `flavor` (`language-model` or `embedding`).
+        Hub, else empty), `flavor` (`language-model`, `embedding` or `forecaster`).
 
     Raises:
         UserError: the model cannot be had, holds no safetensors, or is quantised.
@@ -50,7 +50,7 @@ def fetch_model(config: FetchModelConfig, output: Path) -> StepResult:
     if found.records is not None:
         shutil.copyfile(found.records, output / RECORDS_FILE)
     settings = _settings(model, reference)
-    flavor = "embedding" if (model / _MODULES).is_file() else "language-model"
+    flavor = _flavor(model, settings)
     digest = weights_digest(model)
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     logger.info("%s%s: %.1f MB, weights %s", reference, found.version and f" {found.version}", size / 1e6, digest[:16])
@@ -84,6 +84,12 @@ def _take(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
+
+
+def _flavor(model: Path, settings: dict[str, object]) -> str:
+    if "chronos_config" in settings:
+        return "forecaster"
+    return "embedding" if (model / _MODULES).is_file() else "language-model"
 
 
 def _settings(model: Path, reference: str) -> dict[str, object]:

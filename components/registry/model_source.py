@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, an installed package, the MLflow registry or the Hub. Torch-free.
+"""Where a model comes from: a folder, an installed package, the MLflow registry, S3 or the Hub. Torch-free.
 
 Whatever its place, it becomes a local folder of safetensors. Files that are pickles are never taken: reading one can
 run code.
@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modelmill.components.core import events, s3
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
 from modelmill.components.core.mlflow_store import StoreUnavailable, connect, one_line, sqlite_path
-from modelmill.components.core.uri import local_path
+from modelmill.components.core.uri import local_path, split_s3
 from modelmill.components.data.files import folder_state
 from modelmill.components.data.record_ids import RECORDS_FILE
 
-_REGISTRY, _HUB, _PACKAGE = "models:/", "hf:", "package:"
+_REGISTRY, _HUB, _PACKAGE, _S3 = "models:/", "hf:", "package:", "s3://"
 # Weights, configuration and tokenizer, also of the modules in subfolders that sentence-transformers writes.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*/config.json")
 # MLflow answers so for a model, and for an alias, that does not exist.
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-_FORMS = "a folder, models:/name@alias, hf:id@revision, or package:name/folder"
+_FORMS = "a folder, s3://bucket/prefix, models:/name@alias, hf:id@revision, or package:name/folder"
 
 
 class NoSuchVersion(UserError):
@@ -50,8 +53,8 @@ def find_model(reference: str, scratch: Path, parameter: str) -> FoundModel:
     """Bring a model to this machine.
 
     Args:
-        reference: a local folder, `models:/<name>@<alias>`, `models:/<name>/<version>`, `hf:<id>@<revision>`
-            or `package:<import name>/<folder>`.
+        reference: a local folder, `s3://<bucket>/<prefix>`, `models:/<name>@<alias>`, `models:/<name>/<version>`,
+            `hf:<id>@<revision>` or `package:<import name>/<folder>`.
         scratch: folder for what is downloaded.
         parameter: of the recipe, for messages.
 
@@ -63,9 +66,11 @@ def find_model(reference: str, scratch: Path, parameter: str) -> FoundModel:
         found = _from_registry(reference, scratch, parameter)
     elif reference.startswith(_HUB):
         found = _from_hub(reference, parameter)
+    elif reference.startswith(_S3):
+        found = _from_s3(reference, scratch, parameter)
     else:
         found = FoundModel(_local(reference, parameter))
-    _check_folder(found.folder, reference, parameter)
+    _check_names([path.name for path in found.folder.iterdir()], reference, parameter)
     return found
 
 
@@ -88,6 +93,8 @@ def model_state(reference: str, parameter: str) -> str:
             return str(HfApi().model_info(name, revision=revision, timeout=20).sha)
         except Exception as error:  # the HTTP stack below raises its own families of errors
             raise _unreachable(reference, parameter, error) from None
+    if reference.startswith(_S3):
+        return s3.fingerprint(_model_objects(reference, parameter).values())
     return folder_state(_local(reference, parameter))
 
 
@@ -115,13 +122,49 @@ def _packaged(reference: str, parameter: str) -> Path:
     )
 
 
-def _check_folder(folder: Path, reference: str, parameter: str) -> None:
-    if not (folder / "config.json").is_file():
+def _check_names(names: Collection[str], reference: str, parameter: str) -> None:
+    """Refuse what is no Hugging Face model, or only one of pickles, by the names in its folder."""
+    if "config.json" not in names:
         raise UserError(f"{parameter}: {reference} has no config.json; use the folder of a Hugging Face model")
-    if not any(folder.glob("*.safetensors")):
-        held = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if not any(name.endswith(".safetensors") for name in names):
+        held = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
         why = f"{held[0]} is a pickle, and loading one can run code" if held else "it holds no weights"
         raise UserError(f"{parameter}: {reference} has no safetensors ({why}); convert it with save_pretrained")
+
+
+def _model_objects(reference: str, parameter: str) -> dict[str, s3.RemoteObject]:
+    """A model's files below a prefix, by their path there; the store is AWS, or what AWS's own variables name."""
+    _, prefix = split_s3(reference, parameter=parameter)
+    listed = s3.list_objects(reference, None, parameter)
+    base = f"{prefix.rstrip('/')}/" if prefix else ""
+    found = {entry.key.removeprefix(base): entry for entry in listed}
+    if not found:
+        raise UserError(f"{parameter}: {reference} names no object; check the prefix")
+    _check_names(found, reference, parameter)
+    return {path: entry for path, entry in found.items() if _is_model_file(path)}
+
+
+def _is_model_file(path: str) -> bool:
+    """Whether `MODEL_FILES` names the path of an object, which may hold anything S3 allows."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        return False
+    wanted = (pattern.split("/") for pattern in MODEL_FILES)
+    return any(len(parts) == len(names) and all(map(fnmatchcase, parts, names)) for names in wanted)
+
+
+def _from_s3(reference: str, scratch: Path, parameter: str) -> FoundModel:
+    objects = _model_objects(reference, parameter)
+    bucket, _ = split_s3(reference, parameter=parameter)
+    folder, client = scratch / "download" / "s3", s3.s3_client(None, parameter)
+    for path, entry in objects.items():
+        events.progress(f"fetching {path}")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        with s3.explained(f"s3://{bucket}/{entry.key}", None, parameter):
+            s3.download(client, bucket, entry.key, folder / path)
+    if _model_objects(reference, parameter) != objects:
+        raise UserError(f"{parameter}: {reference} changed while it was read; run again")
+    return FoundModel(folder.absolute())
 
 
 def _registered(reference: str, parameter: str) -> Any:

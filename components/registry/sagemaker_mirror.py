@@ -77,7 +77,7 @@ def reject_package(arn: str, reason: str) -> None:
         UserError: AWS cannot be reached or refuses.
     """
     with aws_trouble("sagemaker"):
-        _set_approval(_get_package(arn, _open(arn.split(":")[3])), "Rejected", reason)
+        _set_approval(_get_package(arn, open_aws(arn.split(":")[3])), "Rejected", reason)
 
 
 def _mirror(
@@ -92,8 +92,8 @@ def _mirror(
                 f"registration: {name} version {number} is not in the registry any more; register it again"
             )
         with aws_trouble("sagemaker"):
-            session = _open(config.region)
-            package = _find_package(config, version, session)
+            session = open_aws(config.region)
+            package = find_package(config.group, FILES_TAG, _digest(version), session)
             approval = _approval(version, outcome, package)
             if package is None and not approval:
                 return "", ""
@@ -122,7 +122,7 @@ def _approval(version: ModelVersion, outcome: str, package: ModelPackage | None)
     return "Approved" if outcome == "already" and waits else ""
 
 
-def _open(region: str | None) -> Session:
+def open_aws(region: str | None, parameter: str = "sagemaker") -> Session:
     """A session, with the SDK whose resources are used here.
 
     Raises:
@@ -131,8 +131,8 @@ def _open(region: str | None) -> Session:
     try:
         import sagemaker.core.resources  # noqa: F401  (the extra brings it and boto3)
     except ModuleNotFoundError as error:
-        raise UserError(f"sagemaker: {error.name} is not installed; pip install 'modelmill[aws]'") from None
-    return open_session(region, "sagemaker")
+        raise UserError(f"{parameter}: {error.name} is not installed; pip install 'modelmill[aws]'") from None
+    return open_session(region, parameter)
 
 
 def pack(folder: Path, target: Path) -> None:
@@ -181,14 +181,14 @@ def _upload(config: SageMakerConfig, version: ModelVersion, folder: Path, scratc
     return f"s3://{bucket}/{key}"
 
 
-def _find_package(config: SageMakerConfig, version: ModelVersion, session: Session) -> ModelPackage | None:
-    """The version's package, the newest if there are several."""
+def find_package(group: str, fact: str, digest: str, session: Session) -> ModelPackage | None:
+    """The newest package of a group one of whose facts is a digest."""
     from sagemaker.core.resources import ModelPackage
 
-    if not _has_group(config.group, session):
+    if not _has_group(group, session):
         return None
     listed = ModelPackage.get_all(
-        model_package_group_name=config.group,
+        model_package_group_name=group,
         sort_by="CreationTime",
         sort_order="Descending",
         session=session,
@@ -196,7 +196,7 @@ def _find_package(config: SageMakerConfig, version: ModelVersion, session: Sessi
     )
     for package in listed:  # each is described by a request of its own
         facts = package.customer_metadata_properties
-        if isinstance(facts, dict) and facts.get(FILES_TAG) == _digest(version):
+        if isinstance(facts, dict) and facts.get(fact) == digest:
             return package
     return None
 
@@ -212,6 +212,19 @@ def _has_group(group: str, session: Session) -> bool:
             return False
         raise
     return True
+
+
+def make_group(group: str, description: str, session: Session) -> None:
+    """Make a model package group where there is none."""
+    from sagemaker.core.resources import ModelPackageGroup
+
+    if not _has_group(group, session):
+        ModelPackageGroup.create(
+            model_package_group_name=group,
+            model_package_group_description=description,
+            session=session,
+            region=session.region_name,
+        )
 
 
 def _get_package(arn: str, session: Session) -> ModelPackage:
@@ -230,15 +243,9 @@ def _create_package(
     Not by `ModelPackage.create`: in sagemaker-core 2.27 it takes the inference specification of a model card, which
     has no content types, and refuses that of a package.
     """
-    from sagemaker.core.resources import ModelPackage, ModelPackageGroup
+    from sagemaker.core.resources import ModelPackage
 
-    if not _has_group(config.group, session):
-        ModelPackageGroup.create(
-            model_package_group_name=config.group,
-            model_package_group_description=f"Promoted versions of {version.name}",
-            session=session,
-            region=session.region_name,
-        )
+    make_group(config.group, f"Promoted versions of {version.name}", session)
     client = ModelPackage.get_sagemaker_client(
         session=session, region_name=session.region_name, service_name="sagemaker"
     )
