@@ -50,9 +50,7 @@ def _nodes_of(place: Place, there: Sequence[Json], pools: Sequence[Json]) -> Fin
     if candidates and not fitting:
         lacking = _lacks(candidates[0], place)
         resource = next(iter(lacking))
-        text = f"{place.name}: nodes are there but hold less than {shown(place.each)}: " + ", ".join(
-            f"{name} {amount:f}" for name, amount in lacking.items()
-        )
+        text = f"{place.name}: nodes are there but hold less than {shown(place.each)}: {shown(lacking)}"
         return Finding("fail", "nodes", text, _PLUGINS.get(resource, fix))
     text = f"{place.name}: {len(fitting)} of {place.count} node(s) with {selector or 'room'}"
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())

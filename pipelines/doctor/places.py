@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
 
 from modelmill.components.launchers.trainjob_config import Toleration
 from modelmill.pipelines.doctor.cluster import Target
@@ -56,9 +55,11 @@ def places(target: Target) -> Iterator[Place]:
         yield job
 
 
-def shown(amounts: Mapping[str, Any]) -> str:
+def size(resource: str, amount: Decimal) -> str:
+    """`1800 GiB` of memory, `8` of anything else."""
+    return f"{amount / 2**30:.0f} GiB" if resource.endswith("memory") else f"{amount:f}"
+
+
+def shown(amounts: Mapping[str, Decimal]) -> str:
     """`cpu 184, memory 1800 GiB, nvidia.com/gpu 8`."""
-    parts = []
-    for resource, amount in amounts.items():
-        parts.append(f"{resource} {amount / 2**30:.4g} GiB" if resource == "memory" else f"{resource} {amount:f}")
-    return ", ".join(parts)
+    return ", ".join(f"{resource} {size(resource, amount)}" for resource, amount in amounts.items())

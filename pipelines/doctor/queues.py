@@ -9,7 +9,7 @@ from decimal import Decimal
 from modelmill.pipelines.doctor.cluster import KUEUE, Target
 from modelmill.pipelines.doctor.finding import Finding
 from modelmill.pipelines.doctor.kube import Json, quantity
-from modelmill.pipelines.doctor.places import Amounts, Place, places, shown, training_place
+from modelmill.pipelines.doctor.places import Amounts, Place, places, shown, size, training_place
 
 
 def queue(target: Target) -> Iterator[Finding]:
@@ -122,10 +122,10 @@ def _flavor(cluster: Json, flavor: Json, found: Json | None, wanted: Amounts, pl
         limit = entry.get("borrowingLimit")
         most = None if cohort and limit is None else own + (quantity(limit) if cohort and limit else 0)
         if most is not None and amount > most:
-            lacking.append(f"{entry['name']} {most:f} of {amount:f}")
+            lacking.append(f"{entry['name']} {size(entry['name'], most)} of {size(entry['name'], amount)}")
         free = own - quantity(used.get(entry["name"], {}).get("total", 0))
         if amount > free:
-            waits.append(f"{entry['name']} {free:f} of {amount:f} free")
+            waits.append(f"{entry['name']} {size(entry['name'], free)} of {size(entry['name'], amount)} free")
     return ", ".join(lacking), ", ".join(waits)
 
 
@@ -149,9 +149,9 @@ def namespace_quota(target: Target) -> Iterator[Finding]:
             amount = wanted[resource]
             free = quantity(most) - quantity(used.get(key, 0))
             if amount > quantity(most):
-                lacking.append(f"{key} {most} of {amount:f}")
+                lacking.append(f"{key} {most} of {size(key, amount)}")
             elif amount > free:
-                waits.append(f"{key} {free:f} of {amount:f} free")
+                waits.append(f"{key} {size(key, free)} of {size(key, amount)} free")
         fix = f"kubectl -n {space} edit resourcequota {name}"
         if lacking:
             yield Finding("fail", "quota", f"ResourceQuota {name} is less than a run needs: {', '.join(lacking)}", fix)
