@@ -69,7 +69,10 @@ def _find(config: FetchModelConfig, scratch: Path) -> tuple[str, FoundModel]:
         if config.otherwise is None:
             raise config.explained(missing) from None
         logger.info("%s; taking %s", missing, config.otherwise)
-    return config.otherwise, find_model(config.otherwise, scratch, "model.otherwise")
+    try:
+        return config.otherwise, find_model(config.otherwise, scratch, "model.otherwise")
+    except NoSuchVersion as missing:
+        raise config.explained(missing) from None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -29,6 +29,9 @@ class ReforecastRecipe(ForecasterRecipe):
 
     pipeline: Literal["reforecast"]
     made_by: str = Field(default="", description="Recipe whose run makes the first champion; an error names it.")
+    otherwise: str | None = Field(
+        default=None, min_length=1, description="Model that forecasts before the first champion, as a reference."
+    )
     drift: DriftConfig = Field(default=DriftConfig(), description="When the input has drifted.")
     archive: ArchiveConfig = Field(
         default=ArchiveConfig(), description="Where forecasts are published and found again."
@@ -56,7 +59,9 @@ class ReforecastRecipe(ForecasterRecipe):
 
     def steps(self) -> list[PlannedStep]:
         name = self.registry.name
-        champion = FetchModelConfig(reference=f"models:/{name}@champion", made_by=self.made_by)
+        champion = FetchModelConfig(
+            reference=f"models:/{name}@champion", otherwise=self.otherwise, made_by=self.made_by
+        )
         publish = PublishConfig(**self.archive.model_dump(), name=name)
         judge = JudgeConfig(**publish.model_dump(), max_forecasts=self.judged_forecasts)
         known = {"series": "prepare_series", "champion": "fetch_champion"}

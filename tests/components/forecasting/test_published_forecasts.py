@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from moto.server import ThreadedMotoServer
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
@@ -104,6 +106,25 @@ class TestArchive:
         world.forecast(60)
         assert world.judge.fingerprint() != before
         assert len(open_archive(world.publish).names()) == 1
+
+    def test_a_bucket(self, produce: Produce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        try:
+            endpoint = "http://{}:{}".format(*server.get_host_and_port())
+            client = boto3.client("s3", endpoint_url=endpoint)
+            client.create_bucket(Bucket="forecasts")
+            world = World(produce, tmp_path, uri="s3://forecasts/shop", endpoint_url=endpoint)
+            assert world.judged(60).counts["forecasts"] == 0
+            first, again = world.forecast(60, error=0.5), world.forecast(60, error=0.5)
+            assert (first.counts["published"], again.counts["published"]) == (1, 0)
+            assert world.judged(64).metrics["mase"] == pytest.approx(0.5)
+            (held,) = client.list_objects_v2(Bucket="forecasts")["Contents"]
+            assert held["Key"] == f"shop/demand/{first.metadata['name']}"
+        finally:
+            server.stop()
 
     def test_a_folder_that_cannot_be_written(self, produce: Produce, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
