@@ -151,7 +151,7 @@ def _variables(
         and not _SECRET_NAME.search(name)
         and not re.search(r"://[^/@]*:[^/@]*@", value)  # an address with a password
     }
-    values = {**RANK_DEFAULTS, **_network(job, config), **config.environment, **reported}
+    values = {"HOME": "/tmp", **RANK_DEFAULTS, **_network(job, config), **config.environment, **reported}
     values |= rank_variables(job.training, max(1, int(cores(config.cpu))), launched)
     plain: list[dict[str, Any]] = [
         {"name": name, "value": value} for name, value in sorted(values.items()) if name not in config.secrets
@@ -203,8 +203,10 @@ def _patch(config: TrainJobConfig, labels: Mapping[str, str]) -> dict[str, Any]:
     volumes = [
         {"name": "home", "persistentVolumeClaim": {"claimName": config.claim}},
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": config.shared_memory}},
+        {"name": "tmp", "emptyDir": {}},  # the root file system is read-only; our runtimes give it a size
     ]
-    mounts = [{"name": "home", "mountPath": config.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}]
+    places = {"home": config.mount, "shared-memory": "/dev/shm", "tmp": "/tmp"}
+    mounts = [{"name": name, "mountPath": path} for name, path in places.items()]
     container = {
         "name": TRAINER,
         "volumeMounts": mounts,
