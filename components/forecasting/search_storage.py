@@ -8,6 +8,7 @@ from trial to trial, which a killed process takes with it.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+    from optuna.storages import RDBStorage
 
 STORAGE_VARIABLE = "MODELMILL_SEARCH_STORAGE"  # SQLAlchemy URL; it may hold a password, so no recipe and no log has it
 _IDENTITY = "modelmill.identity"
 _CONNECT_SECONDS = 10
+_ATTEMPTS = 8  # to open a database whose tables another worker is making
 
 
 def open_study(config: SearchConfig, identity: str, fallback: Path) -> Study:
@@ -46,12 +49,13 @@ def open_study(config: SearchConfig, identity: str, fallback: Path) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = os.environ.get(STORAGE_VARIABLE)
     address = _with_driver(url) if url else f"sqlite:///{fallback.absolute()}"
+    name = config.study or f"modelmill-{identity[:16]}"
     # A driver that is missing and a port that is no number are neither Optuna's nor SQLAlchemy's own errors.
     with storage_errors(ImportError, ValueError):
-        storage = optuna.storages.RDBStorage(address, engine_kwargs=_engine_options(address))
+        storage = _open_storage(address)
         study = optuna.create_study(
             storage=storage,
-            study_name=config.study or f"modelmill-{identity[:16]}",
+            study_name=name,
             sampler=make_sampler(config),
             pruner=_make_pruner(config),
             load_if_exists=True,
@@ -65,6 +69,24 @@ def open_study(config: SearchConfig, identity: str, fallback: Path) -> Study:
                 " training, base or series; choose another name, or leave it out"
             )
     return study
+
+
+def _open_storage(address: str) -> RDBStorage:
+    """The database with Optuna's tables; workers that begin at once all try to make them, and one wins."""
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import DBAPIError
+
+    for attempt in range(_ATTEMPTS):
+        try:
+            return RDBStorage(address, engine_kwargs=_engine_options(address))
+        except DBAPIError as error:
+            made_meanwhile = any(
+                words in str(error.orig).lower() for words in ("already exists", "duplicate", "unique")
+            )
+            if not made_meanwhile or attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(0.3 * (attempt + 1))
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextmanager

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
@@ -74,6 +77,22 @@ class TestValues:
         go_on(tmp_path / "a", config, 2)
         study = open_study(config, "x" * 64, tmp_path / "a")
         assert next_trial(study, config, lambda attributes: True, 0) is None
+
+
+def opened_at_once(path: Path) -> set[str]:
+    """Names of a search that eight workers open at the same moment."""
+    together = threading.Barrier(8)
+
+    def begin(_: int) -> str:
+        together.wait()
+        return str(open_study(section(), "x" * 64, path).study_name)
+
+    with ThreadPoolExecutor(8) as workers:
+        return set(workers.map(begin, range(8)))
+
+
+def test_workers_may_begin_at_once(tmp_path: Path) -> None:
+    assert opened_at_once(tmp_path / "a") == {f"modelmill-{'x' * 16}"}
 
 
 class TestRefusals:
@@ -166,6 +185,15 @@ class TestPostgres:
         names = optuna.get_all_study_names(server.replace("postgresql://", "postgresql+psycopg://"))
         assert len(names) == 1
         assert names[0].startswith("modelmill-")
+
+    def test_workers_may_begin_at_once(self, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        address = server.replace("postgresql://", "postgresql+psycopg://")
+        with sqlalchemy.create_engine(address).connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").execute(
+                sqlalchemy.text("CREATE DATABASE fresh")
+            )
+        monkeypatch.setenv(STORAGE_VARIABLE, server.removesuffix("postgres") + "fresh")
+        assert len(opened_at_once(tmp_path / "a")) == 1
 
     def test_a_wrong_password_is_not_told(self, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(STORAGE_VARIABLE, server.replace(PASSWORD, "wrong-secret"))
