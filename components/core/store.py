@@ -115,23 +115,25 @@ class S3Store:
     """Outputs below a prefix in S3; in the home a folder with the manifest stands for each that was used there."""
 
     def __init__(self, uri: str, folder: Path, endpoint_url: str | None = None) -> None:
-        self.uri, self.folder, self.endpoint_url = uri.rstrip("/"), folder, endpoint_url
-        self.bucket, prefix = split_s3(self.uri, parameter=STORE_VARIABLE)
+        self.bucket, prefix = split_s3(uri.rstrip("/"), parameter=STORE_VARIABLE)
         self.prefix = f"{prefix}/" if prefix else ""
+        self.uri, self.folder, self.endpoint_url = f"s3://{self.bucket}/{prefix}".rstrip("/"), folder, endpoint_url
 
     def find(self, step: str, key: str) -> Manifest | None:
-        text = self._read(f"{step}/{key}/{_MANIFEST}")
-        if text is None:
+        # Listed before it is read: a role that may list only some prefixes is told "denied" of what is absent.
+        place = f"{self.uri}/{step}/{key}"
+        found = s3.list_objects(place, self.endpoint_url, STORE_VARIABLE)
+        sizes = {f"s3://{self.bucket}/{entry.key}": entry.size for entry in found}
+        if f"{place}/{_MANIFEST}" not in sizes:
             return None
+        text = self._read(f"{step}/{key}/{_MANIFEST}")
         try:
-            manifest = self._placed(Manifest.parse(text, f"{self.uri}/{step}/{key}/{_MANIFEST}"), step, key)
+            manifest = Manifest.parse(text, f"{place}/{_MANIFEST}")
         except UserError:
             return None
-        if not manifest.files:
-            return manifest
-        listed = {e.key: e.size for e in s3.list_objects(manifest.uri, self.endpoint_url, STORE_VARIABLE)}
-        _, place = split_s3(manifest.uri)
-        return manifest if all(listed.get(f"{place}/{e.path}") == e.bytes for e in manifest.files) else None
+        manifest = self._placed(manifest, step, key)
+        whole = all(sizes.get(f"{manifest.uri}/{entry.path}") == entry.bytes for entry in manifest.files)
+        return manifest if whole else None
 
     def check(self, step: str) -> None:
         self._put(f"{step}/.writable", b"")
@@ -196,9 +198,8 @@ class S3Store:
         folder.mkdir(parents=True)
         if points is None:
             base = manifest.uri.removesuffix("/data").removeprefix(f"{self.uri}/")
-            text = self._read(f"{base}/{_POINTS}")
-            if text is not None:
-                (folder / _POINTS).write_bytes(text)
+            if s3.list_objects(f"{self.uri}/{base}/{_POINTS}", self.endpoint_url, STORE_VARIABLE):
+                (folder / _POINTS).write_bytes(self._read(f"{base}/{_POINTS}"))
         elif points.exists():
             os.replace(points, folder / _POINTS)
         manifest.write(folder / _MANIFEST)
@@ -218,13 +219,10 @@ class S3Store:
     def _client(self) -> Any:
         return s3.s3_client(self.endpoint_url, STORE_VARIABLE)
 
-    def _read(self, name: str) -> bytes | None:
+    def _read(self, name: str) -> bytes:
         client = self._client()
         with s3.explained(f"{self.uri}/{name}", self.endpoint_url, STORE_VARIABLE):
-            try:
-                return client.get_object(Bucket=self.bucket, Key=f"{self.prefix}{name}")["Body"].read()
-            except client.exceptions.NoSuchKey:
-                return None
+            return client.get_object(Bucket=self.bucket, Key=f"{self.prefix}{name}")["Body"].read()
 
     def _put(self, name: str, text: bytes, **condition: str) -> bool:
         """Write a small object; False when a condition refuses it."""
