@@ -34,6 +34,10 @@ class NotThere(UserError):
     """What was asked for does not exist at the endpoint."""
 
 
+class NoAnswer(UserError):
+    """The endpoint gave no answer, or none worth having: what was asked may have happened."""
+
+
 @dataclass(frozen=True)
 class Version:
     """A pipeline version at the endpoint.
@@ -154,7 +158,7 @@ class Endpoint:
                     raise self._explained(error) from None
             except HTTPError as error:
                 if pause is None or "NewConnectionError" in repr(error):
-                    raise UserError(f"kfp.endpoint: {self.address} does not answer ({_reason(error)})") from None
+                    raise NoAnswer(f"kfp.endpoint: {self.address} does not answer ({_reason(error)})") from None
             time.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -171,7 +175,9 @@ class Endpoint:
             }[self.config.auth]
             refused = "does not know you" if error.status == 401 else "forbids it"
             return UserError(f"kfp.auth: {self.address} {refused} ({error.status} {text}); {mend}")
-        return UserError(f"kfp.endpoint: {self.address} answered {error.status} ({text}); try again later")
+        if error.status in _BUSY:
+            return NoAnswer(f"kfp.endpoint: {self.address} answered {error.status} ({text}); try again later")
+        return UserError(f"kfp.endpoint: {self.address} refuses ({error.status} {text})")
 
     def upload(self, package: Path, pipeline: str, recipe: str, description: str = "") -> Version:
         """The version of a compiled pipeline, uploaded unless its content is there.
@@ -283,10 +289,8 @@ class Endpoint:
             try:
                 made = self.call(self.api.runs.run_service_create_run, body, repeat=False)
                 return str(made.run_id)
-            except UserError as error:
+            except NoAnswer as error:
                 problem = error
-                if not _may_have_happened(error):
-                    raise
                 time.sleep(_PAUSES[0])
                 if found := self._run_named(experiment, name):
                     return found
@@ -330,11 +334,6 @@ class Endpoint:
 def equals(key: str, value: str) -> str:
     """A filter of the API."""
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "string_value": value}]})
-
-
-def _may_have_happened(error: UserError) -> bool:
-    text = str(error)
-    return not isinstance(error, NotThere) and text.startswith("kfp.endpoint") and "answered 4" not in text
 
 
 def _secret(variable: str, kind: str) -> str:

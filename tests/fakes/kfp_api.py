@@ -94,6 +94,10 @@ class KfpApi:
         """Script a fault, see `Fault`: a status, `drop`, or `lost` (done, but never answered)."""
         self._faults.append(Fault(action, method, path, times, 0, 0.0))
 
+    def heal(self) -> None:
+        """Forget all scripted faults."""
+        self._faults.clear()
+
     def fault(self, method: str, path: str) -> Fault | None:
         return next((fault for fault in self._faults if fault.fits(method, path)), None)
 
@@ -353,6 +357,7 @@ _ROUTES = [
 def _handler(api: KfpApi) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def log_message(self, *_: Any) -> None:
             return
