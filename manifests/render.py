@@ -176,8 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"manifests: {error}", file=sys.stderr)
         return 2
-    for name in left_out:
-        print(f"left out {name}: it needs oidc_provider, which is not set")
+    for path in left_out:
+        print(f"left out {path}: it needs oidc_provider, which is not set")
     print(f"rendered into {options.output}")
     return 0
 

@@ -20,4 +20,4 @@ chart aws-efa-k8s-device-plugin kube-system aws-efa-k8s-device-plugin v0.5.30 ht
 chart aws-fsx-csi-driver kube-system aws-fsx-csi-driver 1.17.0 https://kubernetes-sigs.github.io/aws-fsx-csi-driver
 # Jobs: Trainer brings JobSet; Kueue decides what may start.
 chart kubeflow-trainer kubeflow-system oci://ghcr.io/kubeflow/charts/kubeflow-trainer 2.3.0
-chart kueue kueue-system oci://registry.k8s.io/kueue/charts/kueue 0.17.2
+chart kueue kueue-system oci://registry.k8s.io/kueue/charts/kueue 0.19.2

@@ -12,7 +12,6 @@ from tests import schemas
 from tests.manifests.conftest import Objects, named
 
 UNCHECKED: set[str] = set()  # kinds whose CRD is not at hand; none today
-BUILT_IN_FROM_CUSTOM = "ClusterTrainingRuntime"
 
 
 def test_built_in_kinds_pass_the_strict_schemas(objects: Objects) -> None:

@@ -18,6 +18,7 @@ from modelmill.components.training.launch import TrainingJob
 from modelmill.components.training.layout import ParallelConfig
 from modelmill.pipelines.doctor import cluster, inside
 from modelmill.pipelines.platform import load_profile, profile_names
+from tests.fakes.kubernetes_trainer import pod_template
 from tests.manifests.conftest import VALUES, Objects, named, pods
 from tests.manifests.restricted import containers, violations
 
@@ -107,34 +108,11 @@ def training_job(profile: str) -> dict[str, Any]:
     return trainjob_render.render(job, config, attempt="1", launched=time.time(), environment={})
 
 
-def merged(runtime: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """Pod of a job: its runtime's with the job's patches laid over it, as Trainer does (strategic merge by name)."""
-    template = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
-    for patch in job["spec"]["runtimePatches"]:
-        (entry,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-        assert entry["name"] == runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["name"]
-        template = overlaid(template, entry["template"]["spec"]["template"])
-    trainer = job["spec"]["trainer"]
-    (node,) = [each for each in template["spec"]["containers"] if each["name"] == "node"]
-    node |= {"image": trainer["image"], "resources": trainer["resourcesPerNode"]}
-    return template["spec"]
-
-
-def overlaid(base: Any, patch: Any, key: str = "") -> Any:
-    if isinstance(base, dict) and isinstance(patch, dict):
-        return {**base, **{name: overlaid(base.get(name), value, name) for name, value in patch.items()}}
-    if isinstance(base, list) and key in ("containers", "volumes", "volumeMounts"):
-        by = "mountPath" if key == "volumeMounts" else "name"
-        entries = {each[by]: each for each in base}
-        return list((entries | {each[by]: overlaid(entries.get(each[by]), each) for each in patch}).values())
-    return patch
-
-
 @pytest.mark.parametrize("profile", CLUSTER_PROFILES)
 def test_training_pods_pass_restricted(profile: str, overlays: dict[str, Objects]) -> None:
     job = training_job(profile)
     runtime = named(overlays["eks"], "ClusterTrainingRuntime")[job["spec"]["runtimeRef"]["name"]]
-    pod = merged(runtime, job)
+    pod = pod_template(job, runtime)["spec"]
     assert violations(pod) == []
     (container,) = pod["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
@@ -153,7 +131,7 @@ def test_restricted_finds_what_it_should(overlays: dict[str, Objects]) -> None:
     pod["containers"][0]["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}, "privileged": True}
     pod["volumes"].append({"name": "host", "hostPath": {"path": "/"}})
     pod["hostIPC"] = True
-    found = violations(merged(runtime, job))
+    found = violations(pod_template(job, runtime)["spec"])
     assert found == [
         "hostIPC is set",
         "volume host is a hostPath",
