@@ -17,6 +17,7 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.launchers.trainjob_render import GROUP, PLURAL, VERSION
 
 Json = dict[str, Any]
+_KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0  # seconds
 _TIMEOUT = (10, 60)  # seconds to connect and to answer
@@ -83,7 +84,7 @@ class Cluster:
                 config.load_incluster_config(client_configuration=configuration)
             except config.ConfigException:
                 config.load_kube_config(client_configuration=configuration)
-        except config.ConfigException as error:
+        except (config.ConfigException, OSError) as error:
             raise UserError(f"launcher: trainjob finds no cluster ({error}); run in a pod or set KUBECONFIG") from None
         configuration.retries = False  # ours know what may be repeated
         return cls(namespace, client.ApiClient(configuration))
@@ -183,22 +184,26 @@ class Cluster:
         """Kueue's workload of a TrainJob; None where Kueue is not installed or may not be read."""
         from kubernetes.client.exceptions import ApiException
 
-        where = ("kueue.x-k8s.io", "v1beta1", self.namespace, "workloads")
-        with suppress(ApiException, KeyError, UserError):
-            selector = f"kueue.x-k8s.io/job-uid={uid}"
-            found = self._call(self._custom.list_namespaced_custom_object, *where, label_selector=selector)["items"]
-            return found[0] if found else None
+        selector = f"kueue.x-k8s.io/job-uid={uid}"
+        for version in _KUEUE_VERSIONS:
+            where = ("kueue.x-k8s.io", version, self.namespace, "workloads")
+            with suppress(ApiException, KeyError, UserError):
+                found = self._call(self._custom.list_namespaced_custom_object, *where, label_selector=selector)[
+                    "items"
+                ]
+                return found[0] if found else None
         return None
 
     def queue_position(self, queue: str, workload: str) -> int | None:
         """Place of a workload in its queue, 1 is next; None when Kueue does not tell."""
-        where = ("visibility.kueue.x-k8s.io", "v1beta1", self.namespace, "localqueues", queue, "pendingworkloads")
-        path = "/apis/{}/{}/namespaces/{}/{}/{}/{}".format(*where)
-        with suppress(Exception):  # an optional service of Kueue, and never worth more than one try
-            items = self._custom.api_client.call_api(
-                path, "GET", response_type="object", auth_settings=["BearerToken"], _request_timeout=_TIMEOUT
-            )[0]["items"]
-            return next(i["positionInLocalQueue"] + 1 for i in items if i["metadata"]["name"] == workload)
+        for version in _KUEUE_VERSIONS:
+            group = f"/apis/visibility.kueue.x-k8s.io/{version}"
+            path = f"{group}/namespaces/{self.namespace}/localqueues/{queue}/pendingworkloads"
+            with suppress(Exception):  # an optional service of Kueue, and never worth more than one try
+                items = self._custom.api_client.call_api(
+                    path, "GET", response_type="object", auth_settings=["BearerToken"], _request_timeout=_TIMEOUT
+                )[0]["items"]
+                return next(i["positionInLocalQueue"] + 1 for i in items if i["metadata"]["name"] == workload)
         return None
 
     def follow_log(self, pod: str, container: str, since_seconds: int | None) -> Iterator[str]:

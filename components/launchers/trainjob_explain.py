@@ -144,8 +144,11 @@ def failure(job: Json, files: RankFiles, parallel: ParallelConfig, seen: Sequenc
         return "it lived longer than trainjob.deadline_seconds, waiting included; raise it, and a retry goes on"
     if seen:
         return seen[-1]
-    records = [record for record in files.records(parallel.world_size) if record["kind"] == "crash"]
-    exits = [entry for path in sorted(files.scratch.glob("exits-*.json")) for entry in read_json(path, [])]
+    began = _last_start(files)
+    crashes = [record for record in files.records(parallel.world_size) if record["kind"] == "crash"]
+    records = [record for record in crashes if files.failure(record["rank"]).stat().st_mtime >= began]
+    written = [path for path in sorted(files.scratch.glob("exits-*.json")) if path.stat().st_mtime >= began]
+    exits = [entry for path in written for entry in read_json(path, [])]
     killed = [entry for entry in exits if entry["exit_code"] < 0 and entry["exit_code"] != -15]
     if killed:
         rank = killed[0]["rank"]
@@ -159,6 +162,12 @@ def failure(job: Json, files: RankFiles, parallel: ParallelConfig, seen: Sequenc
     node, local_rank = divmod(rank, parallel.processes_per_node)
     log = _last_lines(files.logs / f"node-{node}", local_rank)
     return f"rank {rank} of {parallel.world_size} failed: {how}; the end of its log:\n{log}"
+
+
+def _last_start(files: RankFiles) -> float:
+    """When the last of the job's restarts began, by its folders of logs; what is older was said by ranks before it."""
+    nodes = [[attempt.stat().st_mtime for attempt in node.iterdir()] for node in files.logs.glob("node-*")]
+    return min((max(times) for times in nodes if times), default=0.0)
 
 
 def _last_lines(folder: Path, local_rank: int) -> str:

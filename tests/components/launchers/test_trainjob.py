@@ -189,11 +189,16 @@ def test_failures_are_explained(api, tmp_path):
 
     def crash(name: str) -> None:
         scratch = job(tmp_path / "d").scratch
-        record = {"rank": 1, "kind": "crash", "message": "ValueError: no", "time": 2.0}
-        (scratch / "failure-1.json").write_text(json.dumps(record))
-        log = scratch / "ranks/node-1/x/attempt_0/0/stderr.log"
-        log.parent.mkdir(parents=True)
-        log.write_text("Traceback\nValueError: no\n")
+        for number, (rank, message) in enumerate([(0, "OSError: before the restart"), (1, "ValueError: no")]):
+            record = {"rank": rank, "kind": "crash", "message": message, "time": float(number)}
+            (scratch / f"failure-{rank}.json").write_text(json.dumps(record))
+            os.utime(scratch / f"failure-{rank}.json", (2000.0 * number, 2000.0 * number))
+            for node in range(2):
+                log = scratch / f"ranks/node-{node}/start-{number}/attempt_0/0/stderr.log"
+                log.parent.mkdir(parents=True)
+                log.write_text(f"Traceback\n{message}\n")
+                os.utime(log, (1000.0 * number, 1000.0 * number))
+                os.utime(log.parents[2], (1000.0 * number, 1000.0 * number))
 
     told = failed_message(api, tmp_path / "d", crash, trainer.fail)
     assert "rank 1 of 2 failed: ValueError: no; the end of its log:\n  Traceback" in told
