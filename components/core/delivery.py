@@ -225,7 +225,8 @@ class _Delivery:
         Below a foreign MLflow run a process may have no spool of the run itself; its steps speak for it.
         """
         alone = self.only is None and (self.spool / f"{RUN_SPOOL}.jsonl").exists()
-        spools = [RUN_SPOOL] if alone else self._spools()
+        # A part that was killed says no more; its step does.
+        spools = [RUN_SPOOL] if alone else [name for name in self._spools() if CHILD_MARK not in name]
         return bool(spools) and all(self._last_boundary(name) == "end" for name in spools)
 
     def _last_boundary(self, name: str) -> str | None:

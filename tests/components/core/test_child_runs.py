@@ -70,3 +70,17 @@ def test_a_killed_part_is_closed_with_the_run(store_home: Home, make_run: MakeRu
     assert deliver(run.path).complete
     nested = runs_of(client_of(store_home), run.run_id)[1]
     assert nested["search.trial-1"][0].info.status == "KILLED"
+
+
+def test_a_killed_part_does_not_keep_a_delivery_open(
+    store_home: Home, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(store_home)
+    outer = client.create_run("0").info.run_id
+    run = make_run(store_home)
+    for spool, kind in (("search", "start"), ("search.trial-1", "start"), ("search", "end")):
+        run.record(spool, kind, status="FAILED")
+    monkeypatch.setenv("MLFLOW_RUN_ID", outer)
+    assert deliver(run.path).complete
+    found = client.search_runs(["0"], "tags.`modelmill.step` = 'search.trial-1'")
+    assert [one.info.status for one in found] == ["KILLED"]
