@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
-from modelmill.components.core.manifest import Manifest, file_digest, json_digest
+from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.mlflow_store import (
     StoreUnavailable,
     connect,
@@ -24,6 +24,7 @@ from modelmill.components.core.mlflow_store import (
     sqlite_path,
 )
 from modelmill.components.core.uri import local_path
+from modelmill.components.core.verified import file_digest
 from modelmill.components.core.weights import weights_digest
 
 if TYPE_CHECKING:

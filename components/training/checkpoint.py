@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.core.manifest import file_digest
+from modelmill.components.core.verified import file_digest
 from modelmill.components.training.shards import (
     Box,
     StoredTensors,
