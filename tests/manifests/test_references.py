@@ -238,6 +238,18 @@ def accepts(pool: dict[str, Any], selector: dict[str, str], tolerations: list[To
     )
 
 
+def test_a_draining_node_waits_for_the_last_checkpoint(overlays: dict[str, Objects]) -> None:
+    """Karpenter ends a node after its grace period, whatever grace its pods still have."""
+    pools = named(overlays["eks"], "NodePool").values()
+    for name in PROFILES:
+        job = load_profile(name).trainjob
+        assert job is not None
+        for pool in pools:
+            if job.node_selector and accepts(pool, job.node_selector, job.tolerations):
+                minutes = int(pool["spec"]["template"]["spec"]["terminationGracePeriod"].removesuffix("m"))
+                assert minutes * 60 > job.grace_seconds, name
+
+
 def test_plugins_run_on_every_accelerator_node(filled: Path, overlays: dict[str, Objects]) -> None:
     """A device plugin that does not tolerate a node's taint leaves the node without devices."""
     helm = {path.stem: yaml.safe_load(path.read_text()) for path in (filled / "cluster/helm").glob("*.yaml")}
