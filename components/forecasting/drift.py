@@ -33,6 +33,7 @@ from modelmill.components.evaluation.page import html_table, markdown_table, pag
 from modelmill.components.forecasting.drift_config import DriftConfig
 from modelmill.components.forecasting.frequency import parse_frequency
 from modelmill.components.forecasting.grid import positions
+from modelmill.components.forecasting.raw_series import stamp
 from modelmill.components.forecasting.series_profile import (
     SeriesProfile,
     changes_of,
@@ -56,7 +57,7 @@ class SeriesDrift:
     Attributes:
         item_id: of it.
         status: whether it could be compared, and why not.
-        points: since the tuning, missing ones included.
+        points: since the tuning that are not missing.
         psi: population stability index, nan where it is undefined.
         scale_ratio: mean absolute change by what it was; infinite after a constant series.
         strength_change: of the season.
@@ -117,7 +118,7 @@ def detect_drift(config: DriftConfig, output: Path, *, series: Manifest, champio
     tracking.set_tags({"modelmill.drift": "yes" if drifted else "no"})
     for name in (TABLE, HTML, MARKDOWN):
         tracking.log_artifact(output / name, "drift")
-    last_seen = max(profile.end, default="") if told else ""
+    last_seen = stamp(np.datetime64(max(profile.end))) if told and profile.end else ""
     metadata = {"drifted": drifted, "reason": reason, "new_points": new_points, "last_seen": last_seen}
     return StepResult("drift", counts, {}, metadata)
 
@@ -127,24 +128,28 @@ def _of_item(config: DriftConfig, table: SeriesTable, number: int, profile: Seri
     if number % 1000 == 0:
         events.progress("series", number, len(table))
     then = profile.index.get(item)
-    length = int(table.lengths[number])
     if then is None:
-        return SeriesDrift(item, "new", length)
+        return SeriesDrift(item, "new", _present(table.target(number)))
     frequency, before = table.frequencies[number], profile.frequency[then]
     if frequency != before:
-        return SeriesDrift(item, "frequency changed", length, drifted=True, reason=f"{before} became {frequency}")
+        points = _present(table.target(number))
+        return SeriesDrift(item, "frequency changed", points, drifted=True, reason=f"{before} became {frequency}")
     begin = _position_after(table, number, profile.end[then])
     recent = table.target(number)[begin:]
     if not len(recent):
         return SeriesDrift(item, "nothing new")
     if np.isnan(recent).all():
-        return SeriesDrift(item, "all missing", len(recent))
+        return SeriesDrift(item, "all missing")
     # A season of then: its changes are what the edges are of.
     changes = changes_of(table.target(number), profile.season_length[then], begin)
     scale, points = profile.scale[then], profile.points[then]
     if len(changes.values) < config.min_points or scale is None:
-        return SeriesDrift(item, "too few points", len(recent))
-    return _compared(config, item, len(recent), changes.values, changes.strength, profile, then, scale, points)
+        return SeriesDrift(item, "too few points", _present(recent))
+    return _compared(config, item, _present(recent), changes.values, changes.strength, profile, then, scale, points)
+
+
+def _present(values: np.ndarray) -> int:
+    return int((~np.isnan(values)).sum())
 
 
 def _position_after(table: SeriesTable, number: int, end: str) -> int:

@@ -158,28 +158,25 @@ class _Judged:
 
     def _place(self, published: Published) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of a forecast whose points are known and not yet judged, their series, and their origins there."""
-        rows, numbers, origins = [], [], []
-        for row, item in enumerate(published.items):
-            number = self._index.get(item)
-            if number is None:
-                self.counts["vanished"] += 1
-                continue
-            start = self.table.starts[[number]]
-            if published.first[row] <= start[0]:
-                continue  # the table no longer holds what came before
-            frequency = parse_frequency(self.table.frequencies[number])
-            place, fits = positions(frequency, published.first[[row]], start)
-            if not fits[0]:
-                self.counts["frequency_changed"] += 1
-                continue
-            horizon, origin = published.values.shape[1], int(place[0])
-            # A later forecast that was judged already leaves room for this one only if they do not overlap.
-            free = self._taken[number] == self.table.lengths[number] or origin + horizon <= self._taken[number]
-            if origin < self.table.lengths[number] and free:
-                rows.append(row)
-                numbers.append(number)
-                origins.append(origin)
-        return np.array(rows, np.int64), np.array(numbers, np.int64), np.array(origins, np.int64)
+        table, horizon = self.table, published.values.shape[1]
+        numbers = np.array([self._index.get(item, -1) for item in published.items], np.int64)
+        self.counts["vanished"] += int((numbers < 0).sum())
+        rows = np.flatnonzero(numbers >= 0)
+        # Where the table begins later it no longer holds what came before.
+        rows = rows[published.first[rows] > table.starts[numbers[rows]]]
+        origins, fits = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
+        names = np.array(table.frequencies, object)[numbers[rows]]
+        for name in sorted(set(names)):
+            chosen = names == name
+            of = rows[chosen]
+            starts = table.starts[numbers[of]]
+            origins[chosen], fits[chosen] = positions(parse_frequency(name), published.first[of], starts)
+        self.counts["frequency_changed"] += int((~fits).sum())
+        lengths, taken = table.lengths[numbers[rows]], self._taken[numbers[rows]]
+        # A later forecast that was judged already leaves room for this one only if they do not overlap.
+        free = (taken == lengths) | (origins + horizon <= taken)
+        kept = fits & free & (origins < lengths)
+        return rows[kept], numbers[rows[kept]], origins[kept]
 
     def scores(self) -> pa.Table:
         """A row for each forecaster, series and forecast, the oldest forecast first."""

@@ -19,12 +19,13 @@ import numpy as np
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.forecasting.series_table import SeriesTable
+from modelmill.components.forecasting.windows import stamps
 
 PROFILE = "training_series.json"
 BINS = 10
 _VERSION = 1
 _DIGITS = 9  # significant ones that are kept of a number
-_LEAST_SEASONS = 2  # for the strength of a season
+_LEAST_SEASONS, _MOST_SEASONS = 2, 20  # for the strength of a season; of more the latest
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def seasonal_strength(target: np.ndarray, season_length: int) -> float:
     Returns:
         At most 1; nan without a season, with fewer than two of them, or where nothing varies.
     """
+    target = target[-_MOST_SEASONS * season_length :]
     if season_length < 2 or len(target) < (_LEAST_SEASONS + 1) * season_length:
         return float("nan")
     window = np.full(season_length + (season_length + 1) % 2, 1.0 / season_length)
@@ -118,15 +120,15 @@ def profile_of(table: SeriesTable, ends: np.ndarray | None = None) -> SeriesProf
         ends: points of each that count, int64 [series]; default all.
     """
     ends = table.lengths if ends is None else ends
+    lasts = np.datetime_as_string(stamps(table, np.arange(len(table)), np.maximum(ends - 1, 0)))
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for number, item in enumerate(table.item_ids):
         season, end = int(table.season_lengths[number]), int(ends[number])
         found = changes_of(table.target(number)[:end], season)
-        last = table.timestamps(number, max(0, end - 1), max(1, end))[0]
         edges = None
         if len(found.values) >= BINS and found.scale > 0:
             edges = [_rounded(edge) for edge in np.quantile(found.values / found.scale, np.arange(1, BINS) / BINS)]
-        row = (item, table.frequencies[number], season, last.isoformat(), len(found.values))
+        row = (item, table.frequencies[number], season, str(lasts[number]), len(found.values))
         for name, value in zip(_COLUMNS, (*row, _or_none(found.scale), edges, _or_none(found.strength)), strict=True):
             columns[name].append(value)
     return SeriesProfile(**columns)
