@@ -18,11 +18,12 @@ TRAINER = ("trainer.kubeflow.org", "v1alpha1")
 JOBSET = ("jobset.x-k8s.io", "v1alpha2")
 KUEUE = ("kueue.x-k8s.io", "v1beta2", "v1beta1")  # the newest first
 KARPENTER = ("karpenter.sh", "v1")
+_INSTALL_TRAINER = (  # brings JobSet along
+    "kubectl apply --server-side -k 'https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.3.0'"
+)
 _INSTALL = {
-    TRAINER[0]: "kubectl apply --server-side -k "
-    "'https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.3.0'",
-    JOBSET[0]: "kubectl apply --server-side -k "
-    "'https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.3.0'",
+    TRAINER[0]: _INSTALL_TRAINER,
+    JOBSET[0]: _INSTALL_TRAINER,
     KUEUE[0]: "helm upgrade --install kueue oci://registry.k8s.io/kueue/charts/kueue -n kueue-system "
     "--create-namespace",
     KARPENTER[0]: "helm upgrade --install karpenter oci://public.ecr.aws/karpenter/karpenter -n kube-system",
