@@ -51,6 +51,7 @@ from modelmill.components.launchers.trainjob_render import (
     launch_id,
     render,
     run_label,
+    run_link,
 )
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.launch import (
@@ -211,6 +212,7 @@ class _Launch:
         attempt = uuid.uuid4().hex[:12]
         self.files.prepare(self.job)
         _replace(self.record, {"attempt": attempt, "job": self.name})
+        self._point_to_run()
         body = render(self.job, self.config, attempt=attempt, launched=time.time(), environment=os.environ)
         try:
             made = self.cluster.create_job(body)
@@ -226,6 +228,7 @@ class _Launch:
 
     def _adopt(self, job: Json) -> Json:
         """Make this run the owner of a job, so that the end of an earlier run does not take it away."""
+        self._point_to_run()
         while self.run_id and job["metadata"].get("labels", {}).get(RUN_LABEL) != self.run_id:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             meta = {"labels": {RUN_LABEL: self.run_id}, "annotations": {ADOPTED_ANNOTATION: now}}
@@ -238,6 +241,15 @@ class _Launch:
                 return {**job, "_deleted": True}
             job = changed
         return job
+
+    def _point_to_run(self) -> None:
+        """Have the ranks report to this run."""
+        folder = events.run_directory()
+        if folder is not None:
+            temporary = self.job.scratch / f".run.{os.getpid()}"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(folder)
+            os.replace(temporary, run_link(self.job.scratch))
 
     def _follow(self, job: Json) -> Json:
         """Wait for a job's end; returns it as it was last seen, `_deleted` if it is gone."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modelmill.components.core.events import RUN_VARIABLE as RUN_FOLDER_VARIABLE
 from modelmill.components.core.events import STEP_VARIABLE
 from modelmill.components.core.step import RECIPE_VARIABLE
 from modelmill.components.launchers.trainjob_config import TrainJobConfig
@@ -107,6 +108,11 @@ def render(
     }
 
 
+def run_link(scratch: Path) -> Path:
+    """Link to the folder of the run that owns a job: ranks report there, also once another run has taken over."""
+    return scratch / "run"
+
+
 def run_label(environment: Mapping[str, str]) -> str:
     """Value of `RUN_LABEL`; empty outside a run of Kubeflow Pipelines."""
     return _label(environment.get(RUN_VARIABLE, ""))
@@ -151,6 +157,8 @@ def _variables(
         and not _SECRET_NAME.search(name)
         and not re.search(r"://[^/@]*:[^/@]*@", value)  # an address with a password
     }
+    if RUN_FOLDER_VARIABLE in reported:
+        reported[RUN_FOLDER_VARIABLE] = str(run_link(job.scratch))
     values = {"HOME": "/tmp", **RANK_DEFAULTS, **_network(job, config), **config.environment, **reported}
     values |= rank_variables(job.training, max(1, int(cores(config.cpu))), launched)
     plain: list[dict[str, Any]] = [

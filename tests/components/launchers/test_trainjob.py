@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from modelmill.components.core import events
 from modelmill.components.core.errors import UserError
 from modelmill.components.launchers.reaper import delete_jobs_of
 from modelmill.components.launchers.trainjob_render import ATTEMPT_ANNOTATION, RUN_LABEL, launch_id
@@ -116,15 +117,20 @@ def test_a_resumed_run_takes_the_job_over(api, tmp_path, monkeypatch):
     Script(api, trainer.admit, lambda name: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(TrainingStoppedError):
         launcher(api, tmp_path).launch(work)
+    for run in ("run-1", "run-2"):
+        (tmp_path / "runs" / run / "spool").mkdir(parents=True)
     monkeypatch.setenv("MODELMILL_RUN_ID", "run-2")
+    monkeypatch.setenv("MODELMILL_RUN_DIR", str(tmp_path / "runs/run-2"))
     owners = []
 
     def look(name: str) -> None:
+        events.append_line(work.scratch / "run/events.jsonl", {"event": "progress"})  # as a rank does
         owners.append(api.store.get("trainjobs", name)["metadata"]["labels"][RUN_LABEL])
 
     Script(api, look, trainer.run, lambda name: finish_work(api, name), trainer.complete)
     launcher(api, tmp_path).launch(work)
     assert owners == ["run-2"]
+    assert (tmp_path / "runs/run-2/events.jsonl").exists()
     assert created(api) == 1
 
 

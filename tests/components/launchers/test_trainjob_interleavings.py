@@ -57,8 +57,8 @@ class Mortal(ApiClient):
 class World:
     """A cluster that goes on by itself, one deed a request of the launcher, and watches over what must hold."""
 
-    def __init__(self, folder: Path, *, work: str = "succeeds") -> None:
-        self.home, self.work = folder, work
+    def __init__(self, folder: Path, *, work: str = "succeeds", pace: int = 3) -> None:
+        self.home, self.pace = folder, pace
         self.api = KubernetesApi()
         self.api.longest_watch = 0.005
         self.api.store.create(RUNTIME)
@@ -92,12 +92,12 @@ class World:
                 step = self.deeds[uid] = self.deeds.get(uid, 0) + 1
                 if step == 1:
                     self.trainer.admit(name)
-                elif step == 3:
+                elif step == self.pace:
                     self.trainer.run(name)
-                elif step == 6 and self.failures:
+                elif step == 2 * self.pace and self.failures:
                     self.failures -= 1
                     self.trainer.fail(name)
-                elif step == 6:
+                elif step == 2 * self.pace:
                     finish_work(self.api, name)
                     self.trainer.complete(name)
 
@@ -194,6 +194,20 @@ def test_a_server_that_is_down_for_long_is_waited_for(tmp_path):
     with World(tmp_path) as world:
         world.api.fail(503, skip=6, times=25)
         world.check(world.launch(), attempts=1)
+
+
+def test_two_launchers_at_once_share_one_job(tmp_path):
+    """What the lock of the step's output prevents, were it lost."""
+    with World(tmp_path, pace=15) as world:
+        results: list[TrainingResult] = []
+        threads = [threading.Thread(target=lambda: results.append(world.launch())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(results) == 2
+        assert results[0] == results[1]
+        world.check(results[0], attempts=1)
 
 
 ACTIONS = st.one_of(
