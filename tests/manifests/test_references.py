@@ -24,7 +24,7 @@ SECRETS = {
 # Made by KFP, Argo, JobSet and Trainer: labels of their pods, and namespaces of others.
 FOREIGN_LABELS = {"workflows.argoproj.io/workflow", "jobset.sigs.k8s.io/jobset-name"}
 DOCTOR = doctor.job(load_profile("kind"), "doctor")  # what `modelmill doctor --in-cluster` starts
-FOREIGN_NAMESPACES = {"kube-system", "kubeflow"}
+FOREIGN_NAMESPACES = {"kube-system", "kubeflow", "istio-system"}
 PROFILES = [name for name in profile_names() if load_profile(name).where == "cluster"]
 ROOT = Path(__file__).resolve().parents[2]
 

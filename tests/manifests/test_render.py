@@ -128,6 +128,21 @@ def test_a_second_team_is_the_same_folder_under_another_name(filled: Path, tmp_p
     assert {subject["namespace"] for each in bindings for subject in each["subjects"]} == {"team-b"}
 
 
+def test_roles_by_annotation_for_clusters_without_pod_identity(filled: Path) -> None:
+    overlay = filled / "overlays/irsa"
+    overlay.mkdir(exist_ok=True)
+    (overlay / "kustomization.yaml").write_text("resources: [../eks]\ncomponents: [../../components/irsa]\n")
+    accounts = named(kustomize(overlay), "ServiceAccount")
+    trust = json.loads((filled / "cluster/iam/trust-irsa.json").read_text())["Statement"][0]
+    subjects = next(v for k, v in trust["Condition"]["StringEquals"].items() if k.endswith(":sub"))
+    for subject in subjects:
+        namespace, name = subject.split(":")[2:]
+        role = accounts[name]["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+        assert accounts[name]["metadata"]["namespace"] == namespace
+        assert role.startswith(f"arn:aws:iam::{VALUES['account']}:role/modelmill-")
+    assert "annotations" not in accounts["modelmill-reaper"]["metadata"]
+
+
 def test_kfp_component_configures_an_installation_of_kfp(filled: Path, tmp_path: Path) -> None:
     """The parts of KFP that the component changes, under KFP's own names."""
     install = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_a_teams_folder_extends_and_comes_first(tmp_path: Path, monkeypatch: pyt
     assert team.trainjob == load_profile("eks-p5", ["images.registry=registry.example.com/team"]).trainjob
     assert load_profile("kind").description == "Ours."
     team.check_submittable()
+
+
+def test_the_example_of_the_documentation_is_a_profile(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/profiles.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "team-p5.yaml").write_text(example)
+    profile = load_profile(str(tmp_path / "team-p5.yaml"))
+    profile.check_submittable()
+    assert profile.secrets == {"HF_TOKEN": "modelmill-hub/HF_TOKEN"}
 
 
 def test_a_profile_may_be_a_file(tmp_path: Path) -> None:
