@@ -18,16 +18,7 @@ TRAINER = ("trainer.kubeflow.org", "v1alpha1")
 JOBSET = ("jobset.x-k8s.io", "v1alpha2")
 KUEUE = ("kueue.x-k8s.io", "v1beta2", "v1beta1")  # the newest first
 KARPENTER = ("karpenter.sh", "v1")
-_INSTALL_TRAINER = (  # brings JobSet along
-    "kubectl apply --server-side -k 'https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.3.0'"
-)
-_INSTALL = {
-    TRAINER[0]: _INSTALL_TRAINER,
-    JOBSET[0]: _INSTALL_TRAINER,
-    KUEUE[0]: "helm upgrade --install kueue oci://registry.k8s.io/kueue/charts/kueue -n kueue-system "
-    "--create-namespace",
-    KARPENTER[0]: "helm upgrade --install karpenter oci://public.ecr.aws/karpenter/karpenter -n kube-system",
-}
+_INSTALL = "bash build/manifests/cluster/install.sh"  # pinned charts of every operator; see docs/operations.md
 _APPLY = "kubectl apply --server-side -k build/manifests/overlays/eks"
 _ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 _ENFORCE = "pod-security.kubernetes.io/enforce"
@@ -100,9 +91,9 @@ def served(target: Target) -> Iterator[Finding]:
             yield Finding("ok", "apis", f"{group} serves {usable[0]}")
         elif found:
             text = f"{group} serves {', '.join(found)}, not {versions[0]}"
-            yield Finding("fail", "apis", text, f"upgrade it: {_INSTALL[group]}")
+            yield Finding("fail", "apis", text, _INSTALL)
         else:
-            yield Finding("fail", "apis", f"{group} is not installed", _INSTALL[group])
+            yield Finding("fail", "apis", f"{group} is not installed", _INSTALL)
 
 
 def namespace(target: Target) -> Iterator[Finding]:
