@@ -41,8 +41,14 @@ def test_pretraining_goes_on_where_there_is_new_text(demo_home: Path) -> None:
     assert last(demo_home, "report_outcome")["metadata"]["outcome"] == "promoted"
 
 
-def test_the_tuned_chronos_beats_the_untuned_one(tmp_path: Path) -> None:
+def test_the_tuned_chronos_beats_the_untuned_one_and_is_watched(tmp_path: Path) -> None:
     done = modelmill(tmp_path, "run", "laptop/chronos-demo")
     assert done.returncode == 0, done.stdout + done.stderr
     tuned, base = (last(tmp_path, f"backtest_{side}") for side in ("tuned", "base"))
     assert tuned["metrics"]["sql"] < base["metrics"]["sql"]
+    # Five series that its model never saw are a reason to retrain it, whatever the gate then says.
+    again = modelmill(tmp_path, "run", "laptop/reforecast-demo")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert states(again.stdout)["tune"] == "finished"
+    assert last(tmp_path, "detect_drift")["counts"]["new"] == 5
+    assert last(tmp_path, "report_outcome")["metadata"]["outcome"] in ("promoted", "challenger", "kept")
