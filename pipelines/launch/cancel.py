@@ -22,7 +22,7 @@ _CLUSTER_SECONDS = 120.0
 
 
 def cancel_local(run: Run, seconds: float) -> str:
-    """End a run of this machine as Ctrl-C does, and wait until nothing of it is left.
+    """End a run of this machine as Ctrl-C does, and wait until its steps have ended (MLflow may hear of it later).
 
     Args:
         run: a run in progress.
@@ -44,7 +44,7 @@ def cancel_local(run: Run, seconds: float) -> str:
     with suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + seconds + _MARGIN
-    while run.alive:
+    while run.alive and Run.open(run.folder).record.state == "running":
         if time.monotonic() > deadline:
             raise UserError(f"run: {run.id} does not end; `kill -9 {process.pid}` ends it at once")
         time.sleep(_POLL)

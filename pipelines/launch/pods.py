@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from modelmill.components.core.errors import UserError
+from modelmill.components.launchers import kubernetes_client
+from modelmill.components.launchers.trainjob_render import RUN_LABEL as JOB_LABEL
 from modelmill.pipelines.launch.platform_tasks import RUN_LABEL, STEP_LABEL
 
-JOB_LABEL = "modelmill.dev/run"  # set by the launcher on every training job
-_TRAINER = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
 _CONTAINER = "main"
 _TIMEOUT = (5, 60)
+_PATIENCE = 30.0  # seconds a request about training jobs is repeated for
 
 
 class Cluster:
@@ -32,14 +34,16 @@ class Cluster:
             kubernetes.config.load_incluster_config(configuration)
         except kubernetes.config.ConfigException:
             try:
-                kubernetes.config.load_kube_config(client_configuration=configuration)
+                # The client reads the variable once, when it is imported.
+                file = os.environ.get("KUBECONFIG") or None
+                kubernetes.config.load_kube_config(file, client_configuration=configuration)
             except (kubernetes.config.ConfigException, OSError) as error:
                 raise UserError(
                     f"KUBECONFIG: no access to Kubernetes ({error}); set it to a file for the cluster"
                 ) from None
         self.namespace = namespace
-        client = kubernetes.client.ApiClient(configuration)
-        self._core, self._objects = kubernetes.client.CoreV1Api(client), kubernetes.client.CustomObjectsApi(client)
+        self._client = kubernetes.client.ApiClient(configuration)
+        self._core = kubernetes.client.CoreV1Api(self._client)
 
     def pods(self, run_id: str, step: str = "") -> list[Any]:
         """Pods of a run's steps, oldest first: one for each attempt.
@@ -71,20 +75,16 @@ class Cluster:
 
     def delete_training_jobs(self, run_id: str) -> list[str]:
         """Delete the training jobs of a run; returns the names of those that were there."""
-        where = {**_TRAINER, "namespace": self.namespace}
+        jobs = kubernetes_client.Cluster(self.namespace, self._client, patience=_PATIENCE)
         try:
-            listed = self._call(
-                self._objects.list_namespaced_custom_object, **where, label_selector=f"{JOB_LABEL}={run_id}"
-            )
-        except NotThere:
+            found = jobs.jobs(f"{JOB_LABEL}={run_id}")
+            for job in found:
+                jobs.delete_job(job)
+        except KeyError:
             return []  # a cluster without Trainer runs no training jobs
-        names = [item["metadata"]["name"] for item in listed["items"]]
-        for name in names:
-            try:
-                self._call(self._objects.delete_namespaced_custom_object, **where, name=name)
-            except NotThere:
-                continue
-        return names
+        except kubernetes_client.ClusterUnreachableError as error:
+            raise UserError(f"kubernetes: {error}") from None
+        return [job["metadata"]["name"] for job in found]
 
     def _call(self, action: Any, *arguments: Any, **named: Any) -> Any:
         from kubernetes.client import ApiException
@@ -95,8 +95,6 @@ class Cluster:
             try:
                 return action(*arguments, **named)
             except ApiException as error:
-                if error.status == 404:
-                    raise NotThere(f"kubernetes: {error.reason}") from None
                 if pause is None or error.status not in (429, 500, 502, 503, 504):
                     raise UserError(
                         f"kubernetes: namespace {self.namespace} answered {error.status} {error.reason}; check your"
@@ -107,7 +105,3 @@ class Cluster:
                     raise UserError(f"kubernetes: the API server does not answer ({error})") from None
             time.sleep(pause)
         raise AssertionError("unreachable")
-
-
-class NotThere(UserError):
-    """Kubernetes has no such object."""
