@@ -24,7 +24,9 @@ from tests.manifests.restricted import containers, violations
 
 CLUSTER_PROFILES = [name for name in profile_names() if load_profile(name).where == "cluster"]
 # Actions for which AWS knows no resource (Service Authorization Reference).
-WITHOUT_RESOURCE = {"ecr:GetAuthorizationToken"}
+WITHOUT_RESOURCE = {"ecr:GetAuthorizationToken"} | {
+    f"sagemaker:List{kind}" for kind in ("Endpoints", "EndpointConfigs", "Models", "ModelPackages")
+}
 MACHINES = re.compile(
     r"\b\d{12}\b|\.dkr\.ecr\.|(AKIA|ASIA)[0-9A-Z]{16}|-----BEGIN|\b(vpc|subnet|sg|fs|cr|i|ami)-[0-9a-f]{8,}\b"
 )
@@ -230,7 +232,8 @@ def test_each_role_reaches_its_own_prefixes(filled: Path) -> None:
     assert prefixes("mlflow") == {"mlflow"}
     assert prefixes("runner") == {"data", "models", "store", "kfp"}
     assert prefixes("trainer") == {"data", "models", "store"}
-    assert prefixes("sagemaker-execution") == prefixes("sagemaker-launcher") == {"sagemaker"}
+    for name in ("execution", "launcher", "serving"):
+        assert prefixes(f"sagemaker-{name}") == {"sagemaker"}
     trainer = json.loads((filled / "cluster/iam/trainer.json").read_text())["Statement"]
     assert {action for each in trainer for action in each["Action"]} == {"s3:GetObject", "s3:ListBucket"}
 
