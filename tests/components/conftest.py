@@ -30,6 +30,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
         "MLFLOW_REGISTRY_URI",
         events.RUN_VARIABLE,
         events.STEP_VARIABLE,
+        "MODELMILL_STORE",
+        "MODELMILL_CACHE",
+        "MODELMILL_CACHE_GB",
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MODELMILL_HOME", str(tmp_path / "home"))
