@@ -28,6 +28,7 @@ def test_a_second_run_and_a_second_machine_reuse_what_lies_in_s3(s3_server: S3Se
         again = modelmill(home, "run", "laptop/llama-smoke", **environment)
         assert again.returncode == 0, again.stdout + again.stderr
         assert {step: states(again.stdout)[step] for step in REUSED} == dict.fromkeys(REUSED, "reused"), again.stdout
+        assert list(home.glob("home/mlartifacts/**/report.html")), "MLflow holds the report, fetched where need be"
     plan = modelmill(homes[1], "plan", "laptop/llama-smoke", "--json", **environment)
     assert plan.returncode == 0, plan.stdout + plan.stderr
     [made] = [json.loads(path.read_text()) for path in homes[1].glob("home/store/pretrain/*/manifest.json")]
