@@ -12,30 +12,27 @@ what was asked. Storage and deletion are in `kubernetes_objects`, controllers in
 from __future__ import annotations
 
 import itertools
-import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from tests.fakes.kubernetes_http import handler
 from tests.fakes.kubernetes_objects import (
     RESOURCES,
     ApiError,
-    Change,
     Json,
     Key,
     KubernetesStore,
     ResourceType,
 )
+from tests.fakes.kubernetes_queries import patched, seen, selected
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -93,7 +90,7 @@ class KubernetesApi:
         self._faults: list[Fault] = []
         self._clock = itertools.count(time.time_ns())
         self._watches = 0  # grows when open watches are to be dropped
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.stopping = False
@@ -199,7 +196,7 @@ class KubernetesApi:
         key = self.store.key(kind, namespace, name)
         with self.store.lock:
             if method == "PATCH":
-                body = _patched(self.store.find(key), body, patch)
+                body = patched(self.store.find(key), body, patch)
             return 200, self.store.replace(key, body, status_only=part == "status")
 
     def watch(self, path: str, query: dict[str, str]) -> Iterator[Json]:
@@ -237,7 +234,7 @@ class KubernetesApi:
                     continue
             for change in changes:
                 at = change.version
-                if event := _seen(change, kind, namespace, query):
+                if event := seen(change, kind, namespace, query):
                     yield event
         if query.get("allowWatchBookmarks", "").lower() == "true" and self._watches == began:
             meta = {"resourceVersion": str(at)}
@@ -330,7 +327,7 @@ class KubernetesApi:
         return [
             {**item, "apiVersion": kind.api_version}
             for key, item in sorted(self.store.objects.items())
-            if key[:2] == (kind.group, kind.plural) and namespace in ("", key[2]) and _selected(item, query)
+            if key[:2] == (kind.group, kind.plural) and namespace in ("", key[2]) and selected(item, query)
         ]
 
     def _delete(self, kind: ResourceType, namespace: str, name: str, query: dict[str, str], body: Json) -> Json:
@@ -350,157 +347,3 @@ class KubernetesApi:
                     message = f'the {field} in the precondition ({value}) does not match that of "{name}"'
                     raise ApiError(409, "Conflict", message)
             return self.store.delete(key, propagation=propagation, grace=None if grace is None else int(grace))
-
-
-def _seen(change: Change, kind: ResourceType, namespace: str, query: dict[str, str]) -> Json | None:
-    """How a watch sees a change: objects enter and leave its selection."""
-    if change.key[:2] != (kind.group, kind.plural) or namespace not in ("", change.key[2]):
-        return None
-    now = _selected(change.item, query)
-    before = change.before is not None and _selected(change.before, query)
-    if not now and not before:
-        return None
-    what = change.type
-    if what == "MODIFIED" and now != before:
-        what = "ADDED" if now else "DELETED"
-    return {"type": what, "object": {**change.item, "apiVersion": kind.api_version}}
-
-
-def _selected(item: Json, query: dict[str, str]) -> bool:
-    labels = item["metadata"].get("labels", {})
-    terms = re.split(r",(?![^(]*\))", query.get("labelSelector") or "")
-    fields = [term for term in (query.get("fieldSelector") or "").split(",") if term]
-    return all(_label_fits(labels, term.strip()) for term in terms if term) and all(
-        _field_fits(item, term) for term in fields
-    )
-
-
-def _label_fits(labels: dict[str, str], term: str) -> bool:
-    if found := re.match(r"^(\S+)\s+(in|notin)\s+\((.*)\)$", term):
-        values = [value.strip() for value in found[3].split(",")]
-        return (labels.get(found[1]) in values) == (found[2] == "in")
-    if "!=" in term:
-        name, value = term.split("!=")
-        return labels.get(name.strip()) != value.strip()
-    if "=" in term:
-        name, value = re.split("==?", term)
-        return labels.get(name.strip()) == value.strip()
-    return term[1:] not in labels if term.startswith("!") else term in labels
-
-
-def _field_fits(item: Json, term: str) -> bool:
-    unequal = "!=" in term
-    path, value = re.split("!=|==?", term)
-    found: Any = item
-    for name in path.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    return (str(found or "") == value) != unequal
-
-
-def _patched(item: Json, patch: Any, content_type: str) -> Json:
-    """The object after a patch; a strategic one is taken as a merge patch, lists replaced."""
-    if "json-patch" not in content_type:
-        return _merged(item, patch)
-    made = json.loads(json.dumps(item))
-    for step in patch:
-        *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in step["path"].strip("/").split("/")]
-        target = made
-        for name in parents:
-            target = target[int(name)] if isinstance(target, list) else target[name]
-        if step["op"] == "test":
-            if target.get(last) != step["value"]:
-                raise ApiError(422, "Invalid", f"test of {step['path']} failed")
-        elif step["op"] == "remove":
-            if last not in target:
-                raise ApiError(422, "Invalid", f"there is nothing at {step['path']}")
-            del target[last]
-        elif isinstance(target, list):
-            target.insert(len(target) if last == "-" else int(last), step["value"])
-        else:
-            target[last] = step["value"]
-    return made
-
-
-def _merged(item: Any, patch: Any) -> Any:
-    if not isinstance(patch, dict):
-        return patch
-    made = dict(item) if isinstance(item, dict) else {}
-    for name, value in patch.items():
-        if value is None:
-            made.pop(name, None)
-        else:
-            made[name] = _merged(made.get(name), value)
-    return made
-
-
-def _handler(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def _serve(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            api.requests.append((self.command, self.path))
-            address = urlsplit(self.path)
-            query = {name: values[-1] for name, values in parse_qs(address.query).items()}
-            if api.before_request is not None:
-                api.before_request(self.command, self.path)
-            fault = api.fault(self.command, self.path)
-            if fault is not None and fault.action == "drop":
-                return self._hang_up()
-            if fault is not None and fault.action == "slow":
-                time.sleep(fault.seconds)
-            if fault is not None and isinstance(fault.action, int):
-                error = ApiError(fault.action, "Scripted", "a scripted fault")
-                return self._send(error.code, error.status(), {"Retry-After": str(int(fault.seconds))})
-            try:
-                if query.get("watch", "").lower() in ("true", "1"):
-                    return self._stream(json.dumps(event) for event in api.watch(address.path, query))
-                if address.path.endswith("/log"):
-                    return self._stream(api.follow(address.path, query), "text/plain")
-                code, item = api.answer(
-                    self.command, address.path, query, body, self.headers.get("Content-Type") or ""
-                )
-            except ApiError as error:
-                code, item = error.code, error.status()
-            if fault is not None and fault.action == "lost":
-                return self._hang_up()
-            self._send(code, item)
-
-        def _hang_up(self) -> None:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-        def _send(self, code: int, item: Json, headers: dict[str, str] | None = None) -> None:
-            data = json.dumps(item).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def _stream(self, lines: Iterator[str], kind: str = "application/json") -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            with suppress(OSError):
-                for line in lines:
-                    data = line.encode() + b"\n"
-                    self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-                    self.wfile.flush()
-                self.wfile.write(b"0\r\n\r\n")
-
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
-
-        def handle(self) -> None:
-            with suppress(OSError, ValueError):
-                super().handle()
-
-    return Handler
