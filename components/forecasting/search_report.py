@@ -48,7 +48,7 @@ def _verdict(told: Mapping[str, Any]) -> str:
         best = min(trial["value"] for trial in complete)
         return f"No trial beats the untrained base ({metric} {best:.4g} against {base:.4g}); the result is the base."
     won = next(trial for trial in told["trials"] if trial["number"] == told["winner"])
-    rate = f"trial {won['number']}, learning rate {won['params']['learning_rate']:.3g}"
+    rate = f"Trial {won['number']}, learning rate {won['params']['learning_rate']:.3g}"
     if base is None:
         return f"{rate}, has {metric} {won['value']:.4g}; the untrained base could not be judged."
     gap = f"{won['value'] / base - 1:+.1%}" if base else "from 0"

@@ -122,7 +122,8 @@ class Trials:
         """Move the weights of a trial to where they stay, training them again if they are lost."""
         if (target / "config.json").is_file() and weights_digest(target) == best.digest:
             return  # an attempt that was killed after it had moved them
-        model = self._trained(best.number, best.params, self.config.steps_of(best.params))
+        with tracking.child(f"trial-{best.number}"):
+            model = self._trained(best.number, best.params, self.config.steps_of(best.params))
         if model.metadata["weights_digest"] != best.digest:
             logger.warning("trial %d was trained again, with weights that differ in their last bits", best.number)
         shutil.rmtree(target, ignore_errors=True)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +29,7 @@ from modelmill.components.core.weights import weights_digest
 from modelmill.components.forecasting import search_chronos as steps
 from modelmill.components.forecasting import search_figures, search_trials
 from modelmill.components.forecasting.search_config import Params, SearchConfig
+from modelmill.components.forecasting.search_storage import STORAGE_VARIABLE
 from modelmill.components.forecasting.search_validation import Judgement
 from tests.components.forecasting.backtests import series_manifest
 
@@ -132,10 +136,22 @@ class Trainings:
         return Judgement(value, "" if math.isfinite(value) else "3 of 4 forecasts are not finite")
 
 
+@cache
+def empty_database() -> Path:
+    """A storage without a search; making its tables takes longer than a search here."""
+    from optuna.storages import RDBStorage
+
+    path = Path(tempfile.mkdtemp()) / "empty.sqlite"
+    RDBStorage(f"sqlite:///{path}").remove_session()
+    return path
+
+
 def run(folder: Path, config: SearchConfig, **given: Any) -> Manifest:
     """`search_chronos` below a folder, as `run_step` calls it; an unfinished folder goes on."""
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
+    if not (folder / "search.sqlite").exists() and STORAGE_VARIABLE not in os.environ:
+        shutil.copyfile(empty_database(), folder / "search.sqlite")
     result = steps.search_chronos(config, data, **given)
     return Manifest.describe(
         data, kind=result.kind, counts=result.counts, metrics=result.metrics, metadata=result.metadata

@@ -148,6 +148,7 @@ class TestGivingUp:
             assert [step for step, _ in trial["course"]] == wanted
         assert found.metadata["trial"] not in [trial["number"] for trial in pruned]
 
+    @pytest.mark.slow
     def test_hyperband_gives_up_too(self, trainings: Trainings, given: dict[str, Manifest], tmp_path: Path) -> None:
         pruning = {"segments": 4, "pruner": "hyperband"}
         found = run(tmp_path / "a", section(pruning=pruning, max_jobs=12), **given)
@@ -160,7 +161,9 @@ class Killed(BaseException):
 
 
 class TestInterruptions:
-    @pytest.mark.parametrize("after", [1, 4, 7])
+    @pytest.mark.parametrize(
+        "after", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)]
+    )
     def test_a_killed_search_ends_as_an_undisturbed_one(
         self, trainings: Trainings, given: dict[str, Manifest], tmp_path: Path, after: int
     ) -> None:
