@@ -238,6 +238,17 @@ def test_each_role_reaches_its_own_prefixes(filled: Path) -> None:
     assert {action for each in trainer for action in each["Action"]} == {"s3:GetObject", "s3:ListBucket"}
 
 
+def test_rights_cover_the_calls_that_training_jobs_make(filled: Path) -> None:
+    code = (Path(render.__file__).parents[1] / "components/launchers/sagemaker.py").read_text()
+    calls = set(re.findall(r"sagemaker\.([a-z]+(?:_[a-z]+)+)\(", code))
+    assert calls >= {"create_training_job", "describe_training_job", "stop_training_job"}
+    statements = json.loads((filled / "cluster/iam/sagemaker-launcher.json").read_text())["Statement"]
+    granted = {action for each in statements for action in each["Action"]}
+    assert {"sagemaker:" + "".join(map(str.capitalize, call.split("_"))) for call in calls} <= granted
+    jobs = next(each["Resource"] for each in statements if "sagemaker:CreateTrainingJob" in each["Action"])
+    assert jobs == ["arn:aws:sagemaker:eu-west-1:111122223333:training-job/modelmill-*"]
+
+
 def test_nodes_keep_their_credentials_and_encrypt_their_disks(overlays: dict[str, Objects]) -> None:
     for name, each in named(overlays["eks"], "EC2NodeClass").items():
         options = each["spec"]["metadataOptions"]
