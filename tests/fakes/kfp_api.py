@@ -273,11 +273,14 @@ class KfpApi:
             container = {"name": "main", "image": pod.image}
             metadata = {"name": pod.name, "namespace": self.namespace, "labels": pod.labels}
             record = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": [container]}}
-            self.kubernetes.store.create({**record, "status": {"phase": "Running"}})
+            self.kubernetes.store.create(record)
+            self.kubernetes.store.set_status("pods", pod.name, {"phase": "Running"}, self.namespace)
 
     def _pod_ended(self, pod: Pod) -> None:
         if self.kubernetes is not None:
             self.kubernetes.log(pod.name, *pod.log.read_text(errors="replace").splitlines())
+            phase = "Failed" if pod.exit_code else "Succeeded"
+            self.kubernetes.store.set_status("pods", pod.name, {"phase": phase}, self.namespace)
 
 
 def read_package(text: str) -> Json:
