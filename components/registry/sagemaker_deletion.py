@@ -25,7 +25,8 @@ from modelmill.components.registry.sagemaker_endpoint_config import EndpointConf
 from modelmill.components.registry.sagemaker_names import EXPIRES_TAG, RUN_TAG, current_run
 
 _PARAMETER = "endpoint"
-_POLL_SECONDS = 15.0
+_POLL_SECONDS = 5.0
+_SECONDS = 1800.0  # for AWS to let go of what is left; one that is being created must have ended that first
 _KINDS = ("Endpoint", "EndpointConfig", "Model")  # the endpoint first: it costs, the others do not
 _PASSING = ("ThrottlingException", "Throttling", "ServiceUnavailable", "InternalFailure", "RequestLimitExceeded")
 logger = logging.getLogger("modelmill")
@@ -54,22 +55,20 @@ def delete_endpoint(config: EndpointConfig, output: Path, *, status: dict[str, s
             found = [name for _, name, _ in _of_run(sagemaker, config.name, run)]
             logger.warning("%s is kept and costs money until it is deleted", ", ".join(found) or "nothing")
         else:
-            found = delete_of_run(sagemaker, config.name, run, config.timeout_seconds, _POLL_SECONDS)
+            found = delete_of_run(sagemaker, config.name, run)
     tracking.set_tags({"modelmill.sagemaker_endpoint_kept": str(kept).lower()})
     counts = {"deleted": 0 if kept else len(found), "kept": len(found) if kept else 0}
     (output / "deletion.json").write_text(json.dumps(counts) + "\n")
     return StepResult("deletion", counts)
 
 
-def delete_of_run(sagemaker: Any, name: str, run: str, seconds: float, poll_seconds: float) -> list[str]:
+def delete_of_run(sagemaker: Any, name: str, run: str) -> list[str]:
     """Delete what carries a run's tag, until nothing of it is found.
 
     Args:
         sagemaker: client.
         name: beginning of the names to look at.
         run: the tag's value.
-        seconds: longest wait for AWS.
-        poll_seconds: between two looks.
 
     Returns:
         Names of what was deleted, a name once for each kind.
@@ -77,19 +76,15 @@ def delete_of_run(sagemaker: Any, name: str, run: str, seconds: float, poll_seco
     Raises:
         UserError: something is left; the message names it.
     """
-    return _delete(sagemaker, lambda: list(_of_run(sagemaker, name, run)), seconds, poll_seconds)
+    return _delete(sagemaker, lambda: list(_of_run(sagemaker, name, run)))
 
 
-def delete_expired(
-    sagemaker: Any, now: float, seconds: float = 1800, poll_seconds: float = _POLL_SECONDS
-) -> list[str]:
+def delete_expired(sagemaker: Any, now: float) -> list[str]:
     """Delete what is past the expiry in its tag, of any run.
 
     Args:
         sagemaker: client.
         now: seconds since the epoch.
-        seconds: longest wait for AWS.
-        poll_seconds: between two looks.
     """
 
     def expired() -> list[tuple[str, str, str]]:
@@ -99,14 +94,12 @@ def delete_expired(
             if (until := tags.get(EXPIRES_TAG, "")).isdigit() and int(until) < now
         ]
 
-    return _delete(sagemaker, expired, seconds, poll_seconds)
+    return _delete(sagemaker, expired)
 
 
-def _delete(
-    sagemaker: Any, look: Callable[[], list[tuple[str, str, str]]], seconds: float, poll_seconds: float
-) -> list[str]:
-    deadline, deleted, asked = time.monotonic() + seconds, list[str](), set[str]()
-    while left := _patiently(look, deadline, poll_seconds):
+def _delete(sagemaker: Any, look: Callable[[], list[tuple[str, str, str]]]) -> list[str]:
+    deadline, deleted, asked = time.monotonic() + _SECONDS, list[str](), set[str]()
+    while left := _patiently(look, deadline):
         for kind, name, arn in left:
             if arn not in asked and _delete_one(sagemaker, kind, name):
                 asked.add(arn)
@@ -115,17 +108,15 @@ def _delete(
         if time.monotonic() >= deadline:
             names = ", ".join(f"{kind} {name}" for kind, name, _ in left)
             raise UserError(
-                f"endpoint: {names} cannot be deleted within {seconds:.0f} seconds and may cost money; delete it"
+                f"endpoint: {names} cannot be deleted within {_SECONDS:.0f} seconds and may cost money; delete it"
                 " in the console of SageMaker"
             )
         if any(kind == "Endpoint" for kind, *_ in left):
-            time.sleep(poll_seconds)
+            time.sleep(_POLL_SECONDS)
     return deleted
 
 
-def _patiently(
-    look: Callable[[], list[tuple[str, str, str]]], deadline: float, poll_seconds: float
-) -> list[tuple[str, str, str]]:
+def _patiently(look: Callable[[], list[tuple[str, str, str]]], deadline: float) -> list[tuple[str, str, str]]:
     """What is left; a look that AWS throttles is taken again, as giving up would leave an endpoint behind."""
     while True:
         try:
@@ -133,7 +124,7 @@ def _patiently(
         except Exception as error:
             if error_code(error) not in _PASSING or time.monotonic() >= deadline:
                 raise
-        time.sleep(poll_seconds)
+        time.sleep(_POLL_SECONDS)
 
 
 def _delete_one(sagemaker: Any, kind: str, name: str) -> bool:

@@ -32,14 +32,14 @@ from modelmill.components.registry.sagemaker_package import EXAMPLE
 from modelmill.components.registry.sagemaker_serving import CONTENT_TYPE
 
 _PARAMETER = "endpoint"
-_POLL_SECONDS = 15.0
+_POLL_SECONDS = 5.0
 _USABLE = ("InService", "Creating", "Updating", "SystemUpdating")
 _TOLERANCE = 1e-3  # relative: other processors sum in another order
 logger = logging.getLogger("modelmill")
 
 
-class StoppedError(RuntimeError):
-    """The step was told to stop; what it made is deleted again."""
+class StoppedError(BaseException):
+    """The step was told to stop; what it made is deleted again. No Exception, as botocore would try again on those."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,7 @@ def _serving(config: EndpointConfig, package: Manifest) -> Iterator[tuple[Deploy
 
 
 def _delete_all(deployment: Deployment, sagemaker: Any) -> None:
-    config = deployment.config
-    delete_of_run(sagemaker, config.name, deployment.run, config.timeout_seconds, _POLL_SECONDS)
+    delete_of_run(sagemaker, deployment.config.name, deployment.run)
 
 
 def _is_unusable(deployment: Deployment, sagemaker: Any) -> bool:

@@ -302,6 +302,8 @@ class SageMakerService:
     def _ListEndpoints(self, request: dict[str, Any]) -> dict[str, Any]:
         part = request.get("NameContains", "")
         named = {name: held for name, held in self.endpoints.items() if part in name}
+        for name in [name for name, held in named.items() if held["plan"] == ["Deleting"]]:
+            del self.endpoints[name]  # the last time that it is seen
         fields = ("EndpointName", "EndpointArn", "EndpointStatus", "CreationTime", "LastModifiedTime")
         found = [self._endpoint(name, held, held["plan"][0]) for name, held in named.items()]
         return {"Endpoints": [{key: each[key] for key in fields} for each in found]}
@@ -324,6 +326,8 @@ class SageMakerService:
     def _DeleteEndpoint(self, request: dict[str, Any]) -> dict[str, Any]:
         held = self._held("endpoint", self.endpoints, request["EndpointName"])
         if held["plan"][0] in ("Creating", "Deleting"):
+            if len(held["plan"]) > 1:
+                held["plan"].pop(0)
             raise ServiceError("ValidationException", "Cannot update in-progress endpoint")
         held["plan"] = ["Deleting"]
         return {}
@@ -352,6 +356,13 @@ class SageMakerService:
             raise ServiceError("ValidationException", f"Model Package Group already exists: {name}")
         self.groups[name] = request
         return {"ModelPackageGroupArn": _arn("model-package-group", name)}
+
+    def _DescribeModelPackageGroup(self, request: dict[str, Any]) -> dict[str, Any]:
+        name = request["ModelPackageGroupName"]
+        if name not in self.groups:
+            raise ServiceError("ValidationException", f"Model Package Group does not exist: {name}")
+        facts = {"CreationTime": time.time(), "ModelPackageGroupStatus": "Completed", "CreatedBy": {}}
+        return {"ModelPackageGroupName": name, "ModelPackageGroupArn": _arn("model-package-group", name), **facts}
 
     def _CreateModelPackage(self, request: dict[str, Any]) -> dict[str, Any]:
         group = request["ModelPackageGroupName"]
@@ -399,6 +410,8 @@ class SageMakerService:
 
     def invoked(self, name: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
         """Status, content type and body of an invocation."""
+        if self.on_call is not None:
+            self.on_call("InvokeEndpoint")
         with self._lock:
             self.calls.append("InvokeEndpoint")
             self._fault("InvokeEndpoint", before=True)

@@ -17,9 +17,17 @@ def service_model(service: str) -> Any:
 
 @cache
 def _pattern(text: str) -> re.Pattern[str]:
-    for unicode_class, ours in ((r"\p{L}", r"\w"), (r"\p{Z}", r"\s"), (r"\p{N}", r"\d"), (r"\p{M}", r"\w")):
+    for unicode_class, ours in (
+        (r"\p{L}", r"\w"),
+        (r"\p{Z}", r"\s"),
+        (r"\p{N}", r"\d"),
+        (r"\p{M}", r"\w"),
+        (r"\p{S}", "$+<=>|~^`"),
+        (r"\p{P}", r"!-#%-*,-/:;?@\[-\]_{}"),
+    ):
         text = text.replace(unicode_class, ours)
-    return re.compile(text)
+    text = re.sub(r"\$\{\d+,\d+\}$", "", text)  # a length that got behind the end
+    return re.compile(text.replace(r"\uD800\uDC00-\uDBFF\uDFFF", r"\U00010000-\U0010FFFF"))
 
 
 def problems(value: Any, shape: Any, path: str = "") -> list[str]:

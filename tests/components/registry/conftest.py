@@ -14,6 +14,7 @@ from sqlalchemy.engine import Engine
 
 from modelmill.components.core import events
 from tests.components.registry.versions import Workshop
+from tests.fakes.aws import aws, s3_url  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="module")
