@@ -46,6 +46,7 @@ def test_a_run_goes_through_pods_and_is_known_here_and_there(here: Cluster) -> N
     assert dict(result.links)["KFP"].endswith(kept.record.place["run_id"])
 
 
+@pytest.mark.slow
 def test_the_pods_are_what_the_profile_says(here: Cluster) -> None:
     here.api.secrets = {
         "mlflow": {"MLFLOW_TRACKING_USERNAME": "u", "MLFLOW_TRACKING_PASSWORD": "p"},
@@ -70,6 +71,7 @@ def test_the_pods_are_what_the_profile_says(here: Cluster) -> None:
     assert '"x"' not in text, "a secret's value is in the package"
 
 
+@pytest.mark.slow
 def test_mlflow_gets_one_parent_with_a_run_for_every_step(here: Cluster) -> None:
     from mlflow import MlflowClient
 
@@ -89,6 +91,7 @@ def test_mlflow_gets_one_parent_with_a_run_for_every_step(here: Cluster) -> None
     assert [each.data.metrics["loss"] for each in found if "loss" in each.data.metrics] == [4.75]
 
 
+@pytest.mark.slow
 def test_a_second_run_reuses_and_repeats_only_side_effects(here: Cluster, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
     first = here.run(recipe(announce__ledger=ledger))
@@ -119,6 +122,7 @@ def test_a_failed_step_is_named_and_a_resumed_run_repeats_no_side_effect(here: C
         kubeflow_runs.resume(resumed.run)
 
 
+@pytest.mark.slow
 def test_an_image_with_other_code_is_refused_with_the_fix(here: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     from modelmill.components.core import step
 
@@ -130,7 +134,11 @@ def test_an_image_with_other_code_is_refused_with_the_fix(here: Cluster, monkeyp
     assert here.run(environment={"MODELMILL_ANY_CODE": "1"}).exit_code == 0
 
 
-@pytest.mark.parametrize(("least", "counted"), [(1, "finished"), (100, "waiting")], ids=["taken", "skipped"])
+@pytest.mark.parametrize(
+    ("least", "counted"),
+    [pytest.param(1, "finished", marks=pytest.mark.slow), (100, "waiting")],
+    ids=["taken", "skipped"],
+)
 def test_conditions_and_exit_handlers_keep_working(here: Cluster, least: int, counted: str) -> None:
     result = here.run(catalog.load("guarded", [f"many.at_least={least}"]))
     assert result.exit_code == 0, result.message
@@ -140,6 +148,7 @@ def test_conditions_and_exit_handlers_keep_working(here: Cluster, least: int, co
     assert spool(here.home_of(result.run), "_run")[-1]["status"] == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_failed_attempt_is_tried_again_but_not_a_side_effect(here: Cluster, tmp_path: Path) -> None:
     result = here.run(recipe(count__behaviour="crash"), retries=2)
     pods = here.api.executions[result.run.record.place["run_id"]].pods
