@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-full lint types bench bench-peers compile clean
+.PHONY: help demo test test-full test-images lint types bench bench-peers compile images manifests clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -49,6 +49,15 @@ $(VENV)/litgpt/.installed: $(STAMP)
 
 compile: $(STAMP) ## compile every pipeline to KFP YAML below build/pipelines
 	@$(BIN)/modelmill compile --all -o build/pipelines
+
+images: $(STAMP) ## build the images (FAMILIES="cpu mlflow", BASE=name@sha256:..., ARGS) with docker, podman or buildah
+	@$(BIN)/python -m images.build $(or $(FAMILIES),cpu mlflow) $(if $(BASE),--base $(BASE)) $(ARGS)
+
+test-images: $(STAMP) ## build the cpu image and run pipeline steps in it; skips where no engine is installed
+	@MODELMILL_TEST_IMAGES=1 $(BIN)/python -m pytest -q -rs tests/images $(ARGS)
+
+manifests: $(STAMP) ## fill a team's values into the manifests (VALUES=team.yaml) below build/manifests
+	@$(BIN)/python -m manifests.render --values $(or $(VALUES),manifests/values.yaml) -o build/manifests
 
 clean: ## remove the environment and everything a run left behind
 	rm -rf $(VENV) build dist .modelmill *.egg-info .mypy_cache .ruff_cache .pytest_cache
