@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,17 +257,27 @@ def test_a_restart_is_followed_and_each_line_said_once(api, tmp_path, capsys):
         trainer.log_lines = next(logs)
         trainer.run(name)
 
-    wait = lambda name: threading.Event().wait(1.2)  # noqa: E731 - the log is looked for once a second
+    def followed(times: int) -> Any:
+        def wait(name: str) -> None:
+            """Until the newest pod's log was asked for so often."""
+            pod, deadline = trainer.pods(name)[0]["metadata"]["name"], time.monotonic() + 30
+            while sum(f"/pods/{pod}/log" in path for _, path in api.requests) < times:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(0.2)  # the answer is on its way
+
+        return wait
+
     Script(
         api,
         trainer.admit,
         run,
-        wait,
+        followed(1),
         lambda name: api.drop_watches(),  # the followed log breaks off
-        wait,
+        followed(2),
         trainer.restart,
         run,
-        wait,
+        followed(1),
         lambda name: (finish_work(api, name), trainer.complete(name)),
     )
     launcher(api, tmp_path).launch(job(tmp_path))
@@ -306,13 +317,15 @@ def test_a_result_that_shows_late_is_waited_for_and_a_missing_one_is_said(api, t
         trainer.complete(name)
 
     work = job(tmp_path)
-    Script(api, trainer.admit, lambda name: (trainer.complete(name), threading.Timer(0.2, lambda: None).start()))
+    Script(api, trainer.admit, trainer.complete)
     with pytest.raises(RankFailedError, match=r"result\.json is not there"):
         launcher(api, tmp_path, visibility=0.1).launch(work)
     assert len(api.store.all("trainjobs")) == 1  # it may still show; nothing that is done is thrown away
     finish_work(api, launch_id(work, place(tmp_path)))
     assert launcher(api, tmp_path).launch(work).metrics == {"loss": 1.5}
     assert created(api) == 1
+    Script(api, trainer.admit, late)
+    assert launcher(api, tmp_path, visibility=30.0).launch(job(tmp_path, key="f" * 24)).metrics == {"loss": 1.5}
 
 
 def test_a_name_that_is_taken_and_a_folder_that_is_not_shared_are_refused(api, tmp_path):
