@@ -106,7 +106,8 @@ def _delete(sagemaker: Any, look: Callable[[], list[tuple[str, str, str]]]) -> l
                 deleted.append(name)
                 events.progress(f"deleting {kind} {name}")
         if time.monotonic() >= deadline:
-            names = ", ".join(f"{kind} {name}" for kind, name, _ in left)
+            held = [each for each in left if each[2] not in asked] or left
+            names = ", ".join(f"{kind} {name}" for kind, name, _ in held)
             raise UserError(
                 f"endpoint: {names} cannot be deleted within {_SECONDS:.0f} seconds and may cost money; delete it"
                 " in the console of SageMaker"

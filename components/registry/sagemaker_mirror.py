@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core import events, tracking
-from modelmill.components.core.aws import aws_trouble, is_missing, open_session
+from modelmill.components.core.aws import aws_trouble, client, is_missing, open_session
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.mlflow_store import one_line
@@ -182,22 +182,19 @@ def _upload(config: SageMakerConfig, version: ModelVersion, folder: Path, scratc
 
 
 def find_package(group: str, fact: str, digest: str, session: Session) -> ModelPackage | None:
-    """The newest package of a group one of whose facts is a digest."""
-    from sagemaker.core.resources import ModelPackage
+    """The newest package of a group one of whose facts is a digest.
 
+    Each is asked for by its ARN: `ModelPackage.get_all` asks by name, and versions of a group have none of their own.
+    """
     if not _has_group(group, session):
         return None
-    listed = ModelPackage.get_all(
-        model_package_group_name=group,
-        sort_by="CreationTime",
-        sort_order="Descending",
-        session=session,
-        region=session.region_name,
-    )
-    for package in listed:  # each is described by a request of its own
-        facts = package.customer_metadata_properties
-        if isinstance(facts, dict) and facts.get(fact) == digest:
-            return package
+    pages = client(session, "sagemaker").get_paginator("list_model_packages")
+    for page in pages.paginate(ModelPackageGroupName=group, SortBy="CreationTime", SortOrder="Descending"):
+        for entry in page["ModelPackageSummaryList"]:
+            package = _get_package(entry["ModelPackageArn"], session)
+            facts = package.customer_metadata_properties
+            if isinstance(facts, dict) and facts.get(fact) == digest:
+                return package
     return None
 
 
