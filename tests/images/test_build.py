@@ -78,7 +78,9 @@ def test_container_is_nobody_special(reference: str) -> None:
 def test_container_imports_what_steps_need(reference: str) -> None:
     code = (
         "import lightgbm, peft, transformers, mlflow, boto3, kubernetes, chronos, torch;"
-        "import modelmill.components.launchers.trainjob, modelmill.pipelines.launch.closing;"
+        "from modelmill.components.launchers import reaper, sagemaker, trainjob;"
+        "from modelmill.components.core import pod;"
+        "from modelmill.pipelines.doctor import inside;"
         "print(torch.ones(2).sum().item())"
     )
     done = podman(reference, "env", "_KFP_RUNTIME=true", "python3", "-W", "ignore", "-c", code)
