@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def test_a_rank_that_ends_badly_is_named_with_its_last_words(tmp_path: Path, end
     for word in words:
         assert word in str(caught.value)
     assert all(gone(int(path.read_text())) for path in tmp_path.glob("pid-*"))
+
+
+def test_an_export_that_was_cut_off_is_gone_before_the_ranks_start(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_text("half of them")
+    (tmp_path / "kept").write_text("not an export")
+    work = job(tmp_path, ending="environment", others="finish")
+    LocalLauncher().launch(replace(work, exports=(tmp_path / "model",)))
+    assert not (tmp_path / "model").exists()
+    assert (tmp_path / "kept").exists()
 
 
 def test_two_launches_at_once_do_not_meet_and_share_out_the_cores(tmp_path: Path) -> None:
