@@ -264,15 +264,19 @@ def test_a_launching_step_gets_its_launcher_and_no_other_does() -> None:
 @pytest.mark.parametrize(
     ("change", "place", "words"),
     [
-        ("training.parallel.nodes=2", [], "training.parallel.nodes: 2 needs a profile with launcher"),
-        ("training.accelerator=cuda", [], "training.accelerator: 'cuda' is not what the steps run on"),
-        ("training.steps=9", ["images.registry="], "images.registry: empty"),
-        ("training.steps=9", ["where=laptop", "launcher=local"], "is for this machine"),
+        (
+            ["training.parallel.nodes=2", "training.parallel.processes_per_node=1"],
+            [],
+            "training.parallel.nodes: 2 needs a profile with launcher",
+        ),
+        (["training.accelerator=cuda"], [], "training.accelerator: 'cuda' is not what the steps run on"),
+        ([], ["images.registry=''"], "images.registry: empty"),
+        ([], ["where=laptop", "launcher=local"], "is for this machine"),
     ],
     ids=["nodes", "accelerator", "registry", "laptop"],
 )
-def test_what_a_profile_cannot_run_is_refused_by_name(change: str, place: list[str], words: str) -> None:
-    recipe = SHIPPED.load("laptop/llama-demo", [change])
+def test_what_a_profile_cannot_run_is_refused_by_name(change: list[str], place: list[str], words: str) -> None:
+    recipe = SHIPPED.load("laptop/llama-demo", change)
     chosen = load_profile("eks-cpu", ["images.registry=registry.example/team", "launcher=local", *place])
     with pytest.raises(UserError, match=re.escape(words)):
         check_admissible(recipe, chosen)
