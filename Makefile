@@ -50,11 +50,11 @@ $(VENV)/litgpt/.installed: $(STAMP)
 compile: $(STAMP) ## compile every pipeline to KFP YAML below build/pipelines
 	@$(BIN)/modelmill compile --all -o build/pipelines
 
-images: $(STAMP) ## build the images (FAMILIES="cpu mlflow", BASE=name@sha256:..., ARGS) with docker, podman or buildah
-	@$(BIN)/python -m images.build $(or $(FAMILIES),cpu mlflow) $(if $(BASE),--base $(BASE)) $(ARGS)
+images: $(STAMP) ## build the images: cpu and mlflow, or FAMILIES="gpu neuron" (docker, podman or buildah)
+	@$(BIN)/python -m images.build $(or $(FAMILIES),cpu mlflow) $(ARGS)
 
-test-images: $(STAMP) ## build the cpu image and run pipeline steps in it; skips where no engine is installed
-	@MODELMILL_TEST_IMAGES=1 $(BIN)/python -m pytest -q -rs tests/images $(ARGS)
+test-images: $(STAMP) ## build the cpu image and run steps in it (podman; MODELMILL_TEST_BASE names the base)
+	@MODELMILL_TEST_IMAGES=1 $(BIN)/python -m pytest -q -rs tests/images/test_build.py $(ARGS)
 
 manifests: $(STAMP) ## fill a team's values into the manifests (VALUES=team.yaml) below build/manifests
 	@$(BIN)/python -m manifests.render --values $(or $(VALUES),manifests/values.yaml) -o build/manifests

@@ -44,6 +44,7 @@ from tests.benchmarks import _kernel_synth_peer as kernel_peer
 LEVELS = [0.01, *(round(0.05 * number, 2) for number in range(1, 20)), 0.99]
 SERIES, HORIZON, LENGTH = 1024, 24, 1024
 PACKAGES = ("torch", "chronos-forecasting", "transformers", "scikit-learn", "numpy", "scipy", "fev")
+_SHOWN = ("sql", "relative_sql", "coverage_80", "passed", "p_value")
 Ratios = dict[str, list[float]]
 
 
@@ -198,7 +199,13 @@ def main() -> None:
     }
     demos = [run_demo(1234 + number) for number in range(arguments.seeds)]
     for number, metrics in enumerate(demos):
-        print(f"demo, seed {1234 + number}: {json.dumps(metrics)}")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.split(".")[1] in _SHOWN)
+        print(f"demo, seed {1234 + number}: {shown}", flush=True)
+    if demos:
+        figures |= {
+            "tuned_vs_untuned": max(each["backtest_tuned.sql"] / each["backtest_base.sql"] for each in demos),
+            "tuned_vs_seasonal_naive": max(each["backtest_tuned.relative_sql"] for each in demos),
+        }
     print(json.dumps(figures))
 
 
