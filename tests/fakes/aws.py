@@ -53,7 +53,7 @@ def aws(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SageMakerServi
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         yield server.service
-        assert not server.service.violations
+        assert server.service.violations == []
 
 
 @cache

@@ -387,7 +387,12 @@ class SageMakerService:
             "ModelPackageStatus": "Completed",
             "ModelPackageStatusDetails": {"ValidationStatuses": []},
         }
-        return {**kept, **done, "ModelPackageName": arn.rpartition("/")[0], "ModelPackageArn": arn}
+        return {
+            **kept,
+            **done,
+            "ModelPackageName": self.packages[arn]["ModelPackageGroupName"],
+            "ModelPackageArn": arn,
+        }
 
     def _ListModelPackages(self, request: dict[str, Any]) -> dict[str, Any]:
         group = request.get("ModelPackageGroupName")
