@@ -47,7 +47,7 @@ class VolumeConfig(Section):
 
     claim: str = Field(description="Name of the claim.")
     mount: str = Field(description="Absolute path, the same in every pod.")
-    read_only: bool = Field(default=False, description="Whether pods may only read it.")
+    read_only: bool = Field(default=False, description="Whether the claim itself can only be read (ReadOnlyMany).")
 
 
 class StepResources(Section):
