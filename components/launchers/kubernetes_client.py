@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from modelmill.components.core.errors import UserError
+from modelmill.components.launchers.kubernetes_access import api_client
 from modelmill.components.launchers.trainjob_render import GROUP, PLURAL, VERSION
 
 Json = dict[str, Any]
@@ -74,20 +75,7 @@ class Cluster:
         Raises:
             UserError: there is neither, or the client's package is missing.
         """
-        try:
-            from kubernetes import client, config
-        except ImportError:
-            raise UserError("launcher: trainjob needs the package kubernetes; install modelmill[kfp]") from None
-        configuration = client.Configuration()
-        try:
-            try:
-                config.load_incluster_config(client_configuration=configuration)
-            except config.ConfigException:
-                config.load_kube_config(client_configuration=configuration)
-        except (config.ConfigException, OSError) as error:
-            raise UserError(f"launcher: trainjob finds no cluster ({error}); run in a pod or set KUBECONFIG") from None
-        configuration.retries = False  # ours know what may be repeated
-        return cls(namespace, client.ApiClient(configuration))
+        return cls(namespace, api_client())
 
     def job(self, name: str) -> Json | None:
         """A TrainJob, or None."""

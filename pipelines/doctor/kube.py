@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from modelmill.components.core.errors import UserError
+from modelmill.components.launchers.kubernetes_access import NoClusterError, api_client
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -45,20 +44,9 @@ class Kube:
             Unreachable: there is none of them.
         """
         try:
-            from kubernetes import client, config
-        except ModuleNotFoundError:
-            raise UserError("kubernetes: its Python client is missing; pip install 'modelmill[kfp]'") from None
-        configuration = client.Configuration()
-        try:
-            try:
-                config.load_incluster_config(client_configuration=configuration)
-            except config.ConfigException:
-                # Given here, because the client reads the variable once, when it is imported.
-                config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)
-        except (config.ConfigException, OSError) as error:
-            raise Unreachable(f"no usable kubeconfig: {' '.join(str(error).split())}") from None
-        configuration.retries = False
-        return cls(client.ApiClient(configuration))
+            return cls(api_client())
+        except NoClusterError as error:
+            raise Unreachable(str(error)) from None
 
     def get(self, path: str, **query: str) -> Json:
         """The object or list at a path such as `/api/v1/nodes`.

@@ -134,7 +134,7 @@ def test_forbidden_and_broken_questions_do_not_end_the_others(api: KubernetesApi
 
 def test_no_kubeconfig_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with pytest.raises(Unreachable, match="no usable kubeconfig"):
+    with pytest.raises(Unreachable, match="no access to Kubernetes"):
         Kube.connect()
     monkeypatch.setattr("modelmill.pipelines.doctor.services.examine", lambda place: [])
     found = cluster.examine(profile())

@@ -22,6 +22,7 @@ from modelmill.pipelines.platform import load_profile, profile_names
 from tests import schemas
 from tests.components.launchers.trainjobs import KEY, job, place, training
 from tests.fakes.kubernetes_trainer import RUNTIME, pod_template
+from tests.manifests import restricted
 
 SCRATCH = Path(f"/mnt/modelmill/store/pretrain/{KEY}.partial")
 RUNTIMES = Path(__file__).parents[3] / "manifests/base/runtimes"
@@ -82,43 +83,13 @@ def runtime_of(config: TrainJobConfig) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) if path.is_file() else RUNTIME
 
 
-def restricted_problems(pod: dict[str, Any]) -> list[str]:
-    """What Pod Security `restricted` refuses in a pod, after the Pod Security Standards of kubernetes.io."""
-    found = []
-    whole = pod.get("securityContext", {})
-    allowed = {
-        "configMap",
-        "csi",
-        "downwardAPI",
-        "emptyDir",
-        "ephemeral",
-        "persistentVolumeClaim",
-        "projected",
-        "secret",
-    }
-    found += [f"volume {v['name']}" for v in pod.get("volumes", []) if not set(v) - {"name"} <= allowed]
-    found += [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
-    for container in [*pod["containers"], *pod.get("initContainers", [])]:
-        own = {**whole, **container.get("securityContext", {})}
-        capabilities = own.get("capabilities", {})
-        if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
-            found.append("privilege escalation")
-        if capabilities.get("drop") != ["ALL"] or set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
-            found.append("capabilities")
-        if not own.get("runAsNonRoot") or own.get("runAsUser") == 0:
-            found.append("root")
-        if own.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-            found.append("seccomp")
-    return found
-
-
 def check_pod(work: dict[str, Any], config: TrainJobConfig) -> dict[str, Any]:
     """The merged pod, after everything that must hold for it."""
     template = pod_template(work, runtime_of(config))
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", **template.get("metadata", {})}}
     pod["spec"] = {"restartPolicy": "Never", **template["spec"]}
     schemas.assert_valid(pod)
-    assert restricted_problems(pod["spec"]) == []
+    assert restricted.violations(pod["spec"]) == []
     (container,) = pod["spec"]["containers"]
     names = [entry["name"] for entry in container["env"]]
     assert len(names) == len(set(names))
