@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from kfp.dsl.pipeline_task import PipelineTask
 
 from modelmill.components.core.home import Home
 from modelmill.components.core.recipe import Recipe
@@ -21,6 +22,9 @@ from tests.fakes.kubernetes_api import KubernetesApi
 from tests.pipelines.conftest import recipe
 
 POLL = 0.05
+# kfp reads the whole call stack with its sources at every `set_...` of a task, to name the caller should the task
+# be no container: below pytest, whose stack is deep, that is most of a test's time.
+PipelineTask._ensure_container_spec_exists = lambda self: None
 
 
 class Cluster:

@@ -34,6 +34,7 @@ from modelmill.pipelines.launch.references import dangling
 from modelmill.pipelines.plan import declared_options
 from modelmill.pipelines.platform import Profile, load_profile
 from tests.fakes.kfp_api import read_package
+from tests.pipelines import cluster  # noqa: F401 (makes kfp quick)
 
 GOLDEN = Path(__file__).parent / "golden"
 _MASKS = (
