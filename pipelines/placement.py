@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.recipe import PlannedStep, Recipe
 from modelmill.components.launchers.trainjob_config import TrainJobConfig
+from modelmill.components.training.config import TrainingConfig
 from modelmill.pipelines.plan import declared_options
 from modelmill.pipelines.platform import ImageFamily, Profile
 
@@ -53,6 +57,16 @@ def problems(recipe: Recipe, profile: Profile) -> list[str]:
     return found
 
 
+def trainings(config: Any) -> Iterator[TrainingConfig]:
+    """The training sections of a step's config, wherever they are in it, as a search holds those of its trials."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, TrainingConfig):
+            yield value
+        elif isinstance(value, BaseModel):
+            yield from trainings(value)
+
+
 def _places(step: PlannedStep, profile: Profile) -> Iterator[Place]:
     options = declared_options(step.function)
     pod = profile.pod(device=options.device, launches=options.launches)
@@ -60,8 +74,7 @@ def _places(step: PlannedStep, profile: Profile) -> Iterator[Place]:
     if pod.accelerator and pod.accelerator_count:
         asks[pod.accelerator] = str(pod.accelerator_count)
     yield Place(step.name, "pod", _image(profile, pod.image), 1, asks, pod.node_selector)
-    parallel = getattr(getattr(step.config, "training", None), "parallel", None)
-    nodes = parallel.nodes if parallel else 1
+    nodes = max((training.parallel.nodes for training in trainings(step.config)), default=1)
     if options.launches and profile.launcher == "trainjob" and profile.trainjob:
         yield _job(step.name, profile.trainjob, nodes)
     elif options.launches and profile.launcher == "sagemaker" and profile.sagemaker:

@@ -27,6 +27,7 @@ from modelmill.components.core.step import (
     section,
 )
 from modelmill.components.training.launch import LAUNCHER_VARIABLE, current_launcher
+from modelmill.pipelines.placement import trainings
 from modelmill.pipelines.plan import declared_options
 from modelmill.pipelines.platform import Profile, StepResources
 
@@ -86,16 +87,16 @@ def check_layouts(recipe: Recipe, profile: Profile) -> None:
         UserError: one line naming the parameter, its value and the fix.
     """
     for step in recipe.steps():
-        training = getattr(step.config, "training", None)
-        if not declared_options(step.function).launches or not hasattr(training, "parallel"):
+        if not declared_options(step.function).launches:
             continue
-        try:
-            if profile.launcher == "local":
-                _check_pod(training, profile)
-            else:
-                launcher_of(profile).check(training)
-        except UserError as error:
-            raise UserError(f"{error} (step {step.name}, profile {profile.name})") from None
+        for training in trainings(step.config):
+            try:
+                if profile.launcher == "local":
+                    _check_pod(training, profile)
+                else:
+                    launcher_of(profile).check(training)
+            except UserError as error:
+                raise UserError(f"{error} (step {step.name}, profile {profile.name})") from None
 
 
 def _check_pod(training: Any, profile: Profile) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.launchers import kubernetes_client
-from modelmill.components.launchers.trainjob_render import RUN_LABEL as JOB_LABEL
+from modelmill.components.launchers.kubernetes_access import api_client
+from modelmill.components.launchers.reaper import delete_jobs_of
 from modelmill.pipelines.launch.platform_tasks import RUN_LABEL, STEP_LABEL
 
 _CONTAINER = "main"
@@ -25,25 +25,11 @@ class Cluster:
         Raises:
             UserError: there is neither a kubeconfig nor a pod's service account, or the client is not installed.
         """
-        try:
-            import kubernetes
-        except ModuleNotFoundError:
-            raise UserError("kubernetes is not installed; pip install 'modelmill[kfp]'") from None
-        configuration = kubernetes.client.Configuration()
-        try:
-            kubernetes.config.load_incluster_config(configuration)
-        except kubernetes.config.ConfigException:
-            try:
-                # The client reads the variable once, when it is imported.
-                file = os.environ.get("KUBECONFIG") or None
-                kubernetes.config.load_kube_config(file, client_configuration=configuration)
-            except (kubernetes.config.ConfigException, OSError) as error:
-                raise UserError(
-                    f"KUBECONFIG: no access to Kubernetes ({error}); set it to a file for the cluster"
-                ) from None
+        self._client = api_client()
+        from kubernetes.client import CoreV1Api  # installed, or the line above has said so
+
         self.namespace = namespace
-        self._client = kubernetes.client.ApiClient(configuration)
-        self._core = kubernetes.client.CoreV1Api(self._client)
+        self._core = CoreV1Api(self._client)
 
     def pods(self, run_id: str, step: str = "") -> list[Any]:
         """Pods of a run's steps, oldest first: one for each attempt.
@@ -77,14 +63,11 @@ class Cluster:
         """Delete the training jobs of a run; returns the names of those that were there."""
         jobs = kubernetes_client.Cluster(self.namespace, self._client, patience=_PATIENCE)
         try:
-            found = jobs.jobs(f"{JOB_LABEL}={run_id}")
-            for job in found:
-                jobs.delete_job(job)
+            return delete_jobs_of(jobs, run_id)
         except KeyError:
             return []  # a cluster without Trainer runs no training jobs
         except kubernetes_client.ClusterUnreachableError as error:
             raise UserError(f"kubernetes: {error}") from None
-        return [job["metadata"]["name"] for job in found]
 
     def _call(self, action: Any, *arguments: Any, **named: Any) -> Any:
         from kubernetes.client import ApiException

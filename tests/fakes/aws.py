@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -27,7 +28,8 @@ def s3_url() -> Iterator[str]:
     url = f"http://{host}:{port}"
     keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
     made = boto3.session.Session(region_name=REGION, **keys).client("s3", endpoint_url=url)
-    made.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
+    with suppress(made.exceptions.BucketAlreadyOwnedByYou):  # all of moto's servers in a process are one AWS
+        made.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
     yield url
     server.stop()
 

@@ -177,7 +177,8 @@ def test_cancel_ends_the_run_and_its_training_jobs(here: Cluster, tmp_path: Path
 
 
 def training_job(name: str, run_id: str) -> dict[str, object]:
-    metadata = {"name": name, "namespace": "modelmill", "labels": {"modelmill.dev/run": run_id}}
+    labels = {"modelmill.dev/run": run_id, "app.kubernetes.io/managed-by": "modelmill"}
+    metadata = {"name": name, "namespace": "modelmill", "labels": labels}
     spec = {"runtimeRef": {"name": "torch"}}
     return {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": metadata, "spec": spec}
 

@@ -216,6 +216,14 @@ def test_plan_says_what_is_inadmissible(home: Path) -> None:
     assert plan("trainium/llama2-7b", "--profile", "eks-trn1", "--profile-set", REGISTRY)["problems"] == []
 
 
+def test_the_layout_of_a_searchs_trials_is_checked_too(home: Path) -> None:
+    wanted = ("gpu/chronos-t5-small", "--profile", "eks-p5", "--profile-set", REGISTRY)
+    (problem,) = plan(*wanted)["problems"]
+    assert "processes_per_node: 1" in problem
+    assert "step tune" in problem
+    assert plan(*wanted, "--profile-set", "trainjob.devices_per_node=1")["problems"] == []
+
+
 def test_plan_says_when_the_deadline_comes_first(home: Path) -> None:
     found = plan("gpu/llama3-8b", "--profile", "eks-p5", "--profile-set", REGISTRY)
     assert found["problems"][0].startswith("trainjob.deadline_seconds: 14.0 days")
