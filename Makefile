@@ -22,7 +22,7 @@ test: $(STAMP) ## lint and the tests (under 10 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: $(STAMP) ## the long tests: drills, kill schedules, the laptop recipes end to end
-	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff and the type checker
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
