@@ -56,7 +56,8 @@ def _control(api: KubernetesApi) -> None:
 def test_applied_manifests_are_all_a_profile_needs(name: str, applied: KubernetesApi) -> None:
     found = findings(applied, profile(name), CHECKS)
     assert [each for each in found if each.level != "ok"] == []
-    assert {each.subject for each in found} >= {"runtime", "quota", "nodes", "permissions"}
+    jobs = {"runtime"} if profile(name).launcher == "trainjob" else set()
+    assert {each.subject for each in found} >= {*jobs, "quota", "nodes", "permissions"}
 
 
 def test_nodes_beyond_the_quota_of_the_values_are_refused(applied: KubernetesApi) -> None:

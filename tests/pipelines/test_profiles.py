@@ -17,7 +17,7 @@ from modelmill.pipelines import catalog, placement
 from modelmill.pipelines.cli import cli
 from modelmill.pipelines.platform import PROFILES_VARIABLE, load_profile, profile_names
 
-SHIPPED = ["eks-cpu", "eks-g6", "eks-p4d", "eks-p5", "eks-trn1", "eks-trn2", "kind", "laptop"]
+SHIPPED = ["eks-cpu", "eks-g6", "eks-gpu", "eks-p4d", "eks-p5", "eks-trn1", "eks-trn2", "kind", "laptop"]
 EKS = [name for name in SHIPPED if name.startswith("eks-")]
 # Instance -> (devices, EFA interfaces, CPUs, MiB of memory left for pods), from Karpenter's instance type reference.
 INSTANCES = {
@@ -222,6 +222,16 @@ def test_the_layout_of_a_searchs_trials_is_checked_too(home: Path) -> None:
     assert "processes_per_node: 1" in problem
     assert "step tune" in problem
     assert plan(*wanted, "--profile-set", "trainjob.devices_per_node=1")["problems"] == []
+
+
+@pytest.mark.parametrize("recipe", ["gpu/chronos-t5-small", "gpu/chronos2-lora", "gpu/embedding-modernbert"])
+def test_recipes_of_one_process_run_on_one_gpu(recipe: str, home: Path) -> None:
+    found = plan(recipe, "--profile", "eks-gpu", "--profile-set", REGISTRY)
+    assert found["problems"] == []
+    assert {each["kind"] for each in found["steps"]} == {"pod"}
+    assert {each["asks"].get("nvidia.com/gpu") for each in found["steps"]} == {None, "1"}
+    refused = plan("gpu/llama3-8b-lora", "--profile", "eks-gpu", "--profile-set", REGISTRY)["problems"]
+    assert "more than the 1 devices" in refused[0]
 
 
 def test_plan_says_when_the_deadline_comes_first(home: Path) -> None:
