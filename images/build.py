@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,15 +56,22 @@ def _run(command: Sequence[str], **options: object) -> str:
 
 
 def engine_of(wanted: str | None) -> str:
-    """The wanted engine, or the first that is installed.
+    """The wanted engine, or the first that is installed and works.
 
     Raises:
         UserError: none is.
     """
     for name in [wanted] if wanted else ENGINES:
-        if shutil.which(name):
+        if shutil.which(name) and (wanted or _works(name)):
             return name
     raise UserError(f"--engine: {wanted or ', '.join(ENGINES)} not found; install one of {', '.join(ENGINES)}")
+
+
+def _works(engine: str) -> bool:
+    """Whether an engine can build: docker's command is often there without its daemon."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run([engine, "info"], capture_output=True, timeout=20).returncode == 0
+    return False
 
 
 def default_base(family: str) -> str:
