@@ -75,7 +75,7 @@ class S3Server:
         (self.folder / "data").mkdir(exist_ok=True)
         (self.folder / "identities.json").write_text(json.dumps({"identities": identities}))
         command = [str(program), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder / 'data'}"]
-        command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=200"]
+        command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=5000"]  # a bucket takes 7
         command += ["-s3", f"-s3.config={self.folder / 'identities.json'}", "-s3.iam=false"]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += [f"-{service}.localSocket={self.folder / f'{service}.sock'}" for service in ("filer", "s3")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,8 +29,12 @@ def spool(result_folder: Path, name: str) -> list[dict[str, object]]:
     return [record for _, record in read_lines(result_folder / "spool" / f"{name}.jsonl")]
 
 
-def test_a_run_keeps_everything_in_its_folder(home: Home, tmp_path: Path) -> None:
-    before = set(Path(tempfile.gettempdir()).iterdir())
+def test_a_run_keeps_everything_in_its_folder(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    private = Path(tempfile.mkdtemp(prefix="mm-"))  # other tests leave their own things in the common folder
+    request.addfinalizer(lambda: shutil.rmtree(private))
+    monkeypatch.setattr(tempfile, "tempdir", str(private))
     result = run()
     assert (result.state, result.exit_code) == ("succeeded", 0)
     assert states(result) == dict.fromkeys(["write_words", "count_words", "announce", "archive"], "finished")
@@ -39,7 +44,7 @@ def test_a_run_keeps_everything_in_its_folder(home: Home, tmp_path: Path) -> Non
     assert (folder / "logs" / "count_words.log").read_text().startswith("counting on standard output")
     assert "kfp==" in (folder / "environment.txt").read_text()
     assert catalog.SHIPPED is not catalog.current()
-    left = {path.name for path in set(Path(tempfile.gettempdir()).iterdir()) - before}
+    left = {path.name for path in private.iterdir()}
     assert not any(name.startswith(("modelmill-", "kfp-workspace-")) for name in left)
     assert {path.name for path in tmp_path.iterdir()} == {"home"}
     assert not leftovers(home)
