@@ -43,7 +43,7 @@ class ImagesConfig(Section):
 
 
 class VolumeConfig(Section):
-    """A persistent volume claim in every pod of a run."""
+    """A persistent volume claim in the pods of a run's steps."""
 
     claim: str = Field(description="Name of the claim.")
     mount: str = Field(description="Absolute path, the same in every pod.")
@@ -99,7 +99,10 @@ class Profile(Section):
     store: str | None = Field(
         default=None, description="s3:// prefix for the outputs of steps; null keeps them in the home."
     )
-    volumes: list[VolumeConfig] = Field(default=[], description="Further volumes, such as one with data.")
+    volumes: list[VolumeConfig] = Field(
+        default=[],
+        description="Further volumes of the steps, as one with data; training jobs mount the home alone.",
+    )
     step: StepResources = Field(default=StepResources(), description="Steps that need no device.")
     device_step: StepResources | None = Field(
         default=None, description="Steps that run a model on one device; null: like every other step."

@@ -16,6 +16,7 @@ from typing import Any
 
 RUN_VARIABLE = "MODELMILL_RUN_DIR"
 STEP_VARIABLE = "MODELMILL_STEP"
+RUN_ID_VARIABLE = "MODELMILL_RUN_ID"  # KFP's id of the run, in its pods
 _PROGRESS_INTERVAL = 0.2  # seconds; a step may report as often as it likes
 
 _last_progress = 0.0

@@ -28,7 +28,6 @@ from modelmill.components.core.errors import UserError, disk_error
 from modelmill.components.core.home import Home
 from modelmill.components.core.tracking import RUN_SPOOL
 
-RUN_ID_VARIABLE = "MODELMILL_RUN_ID"  # KFP's id of the run, from the pod's label
 ANNOUNCEMENT_VARIABLE = "MODELMILL_ANNOUNCEMENT"  # made by `announcement`
 ANY_CODE_VARIABLE = "MODELMILL_ANY_CODE"  # set to anything: run whatever code the image holds
 _DELIVERY_SECONDS = 60  # wait for MLflow at the end of a step; the rest is delivered by the next pod
@@ -66,7 +65,7 @@ def entered(step: str, values: Mapping[str, Any]) -> Iterator[None]:
         values: the engine's values for the step. Only an exit handler receives a `status`: it knows how the run went.
     """
     global _active
-    if not os.environ.get(RUN_ID_VARIABLE) or events.run_directory() is not None:
+    if not os.environ.get(events.RUN_ID_VARIABLE) or events.run_directory() is not None:
         yield
         return
     folder = _enter()
@@ -119,7 +118,7 @@ def close_run(state: str) -> None:
 
 def _enter() -> Path:
     """Make and announce the run's folder, whichever pod comes first."""
-    folder = Home.current().runs / os.environ[RUN_ID_VARIABLE]
+    folder = Home.current().runs / os.environ[events.RUN_ID_VARIABLE]
     try:
         for name in ("logs", "spool"):
             (folder / name).mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.home import HOME_VARIABLE
 from modelmill.components.core.manifest import Manifest, canonical_json
+from modelmill.components.core.pod_security import container_context, pod_context
 from modelmill.components.forecasting.search_config import Params, SearchConfig
 
 _MODULE = "modelmill.components.forecasting.search_katib"
@@ -70,25 +72,7 @@ def katib_experiment(
     command = ["python", "-m", _MODULE, "--config", canonical_json(config.model_dump(mode="json"))]
     command += ["--series", series, "--base", base]
     command += [f"--{one}=${{trialParameters.{_camel(one)}}}" for one in searched]
-    container = {
-        "name": _CONTAINER,
-        "image": image,
-        "command": command,
-        "env": [{"name": "MODELMILL_HOME", "value": home}],
-        "volumeMounts": [{"name": "home", "mountPath": home}],
-        **({"resources": resources} if resources else {}),
-    }
-    pod = {
-        "restartPolicy": "Never",
-        "containers": [container],
-        "volumes": [{"name": "home", "persistentVolumeClaim": {"claimName": home_claim}}],
-    }
-    metadata = {"annotations": {"sidecar.istio.io/inject": "false"}}
-    job = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "spec": {"backoffLimit": 0, "template": {"metadata": metadata, "spec": pod}},
-    }
+    job = _trial_job(image, command, home_claim=home_claim, home=home, resources=resources)
     return {
         "apiVersion": "kubeflow.org/v1beta1",
         "kind": "Experiment",
@@ -110,6 +94,33 @@ def katib_experiment(
                 "trialSpec": job,
             },
         },
+    }
+
+
+def _trial_job(
+    image: str, command: list[str], *, home_claim: str, home: str, resources: dict[str, dict[str, str]] | None
+) -> dict[str, Any]:
+    """The Job of a trial, in which Katib fills in the values; its pod passes Pod Security `restricted`."""
+    container = {
+        "name": _CONTAINER,
+        "image": image,
+        "command": command,
+        "env": [{"name": HOME_VARIABLE, "value": home}],
+        "volumeMounts": [{"name": "home", "mountPath": home}],
+        "securityContext": container_context(),
+        **({"resources": resources} if resources else {}),
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "securityContext": pod_context(),
+        "containers": [container],
+        "volumes": [{"name": "home", "persistentVolumeClaim": {"claimName": home_claim}}],
+    }
+    metadata = {"annotations": {"sidecar.istio.io/inject": "false"}}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "spec": {"backoffLimit": 0, "template": {"metadata": metadata, "spec": pod}},
     }
 
 

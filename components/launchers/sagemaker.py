@@ -30,7 +30,6 @@ from modelmill.components.launchers.sagemaker_job import (
     JOB_CHANNEL,
     LAUNCH_TAG,
     RUN_TAG,
-    RUN_VARIABLE,
     Launch,
     PortableSpec,
     training_request,
@@ -199,7 +198,7 @@ class _Training:
         channels[JOB_CHANNEL] = f"{self.launch.place}/job"
         self.files.write(f"{channels[JOB_CHANNEL]}/{JOB_FILE}", json.dumps(record).encode())
         self._unless_stopped()
-        tags = {LAUNCH_TAG: self.launch.identity, RUN_TAG: os.environ.get(RUN_VARIABLE, "")}
+        tags = {LAUNCH_TAG: self.launch.identity, RUN_TAG: os.environ.get(events.RUN_ID_VARIABLE, "")}
         request = training_request(name, self.launch, self.config, channels, tags)
         try:
             self.sagemaker.create_training_job(**request)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.events import RUN_ID_VARIABLE
 from modelmill.components.core.manifest import json_digest
 from modelmill.components.launchers.sagemaker_config import SageMakerConfig
 from modelmill.components.training.launch import TrainingJob
@@ -23,7 +24,6 @@ INPUT, OUTPUT = "input://", "output://"
 JOB_CHANNEL = "job"
 ENTRY = "modelmill.components.launchers.sagemaker_entry"
 LAUNCH_TAG, RUN_TAG = "modelmill:launch", "modelmill:run"
-RUN_VARIABLE = "MODELMILL_RUN_ID"
 CHECKPOINTS = "/opt/ml/checkpoints"
 _LABELS = ("name",)  # how people call a thing; may look like a path and is never opened
 _CHANNELS = 20  # that a job may have
@@ -129,7 +129,7 @@ class Launch:
     @classmethod
     def new(cls, job: TrainingJob, spec: PortableSpec, config: SageMakerConfig) -> Launch:
         """The launch of a job in this run; outside of a cluster's run, one that nothing else can meet."""
-        run = os.environ.get(RUN_VARIABLE) or uuid.uuid4().hex
+        run = os.environ.get(RUN_ID_VARIABLE) or uuid.uuid4().hex
         content = [run, job.module, spec.spec, job.training.model_dump(mode="json"), job.scratch.name]
         return cls.named(json_digest(content)[:16], job, config)
 

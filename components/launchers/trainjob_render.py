@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelmill.components.core.events import RUN_VARIABLE as RUN_FOLDER_VARIABLE
-from modelmill.components.core.events import STEP_VARIABLE
+from modelmill.components.core.events import RUN_ID_VARIABLE, RUN_VARIABLE, STEP_VARIABLE
+from modelmill.components.core.pod import ANNOUNCEMENT_VARIABLE
+from modelmill.components.core.pod_security import USER, container_context, pod_context
 from modelmill.components.core.step import RECIPE_VARIABLE
 from modelmill.components.launchers.trainjob_config import TrainJobConfig
 from modelmill.components.training.launch import (
@@ -35,18 +36,16 @@ RECIPE_LABEL = "modelmill.dev/recipe"
 ATTEMPT_ANNOTATION = "modelmill.dev/attempt"  # which attempt at the scratch folder's work the job is
 ADOPTED_ANNOTATION = "modelmill.dev/adopted-at"  # when the run in the label took the job over
 SCRATCH_ANNOTATION = "modelmill.dev/scratch"
-RUN_VARIABLE = "MODELMILL_RUN_ID"
 TRAINER = "node"  # the replicated job, and its container, of Trainer's torch runtimes
 
 _BOOTSTRAP = "modelmill.components.training.torchrun"
 _RANK_GRACE = 30  # seconds between the end of one rank and SIGKILL for those of its node that have not followed it
 _NAME_LENGTH = 45  # JobSet makes pods `<name>-node-<job>-<node>-<5 characters>` of it, 63 at most
-_USER = 1000  # of the images
 _QUEUE, _PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 _TOPOLOGY = "kueue.x-k8s.io/podset-required-topology"
 _EFA = "vpc.amazonaws.com/efa"
 _SECRET_NAME = re.compile(r"PASSWORD|TOKEN|SECRET|CREDENTIAL|AUTH|_KEY$|SEARCH_STORAGE")
-_OWN = {LAUNCHER_VARIABLE, PARENT_VARIABLE, "MODELMILL_ANNOUNCEMENT"}  # of the step's process, not of its ranks
+_OWN = {LAUNCHER_VARIABLE, PARENT_VARIABLE, ANNOUNCEMENT_VARIABLE}  # of the step's process, not of its ranks
 
 
 def launch_id(job: TrainingJob, config: TrainJobConfig) -> str:
@@ -115,7 +114,7 @@ def run_link(scratch: Path) -> Path:
 
 def run_label(environment: Mapping[str, str]) -> str:
     """Value of `RUN_LABEL`; empty outside a run of Kubeflow Pipelines."""
-    return _label(environment.get(RUN_VARIABLE, ""))
+    return _label(environment.get(RUN_ID_VARIABLE, ""))
 
 
 def _labels(environment: Mapping[str, str]) -> dict[str, str]:
@@ -157,8 +156,8 @@ def _variables(
         and not _SECRET_NAME.search(name)
         and not re.search(r"://[^/@]*:[^/@]*@", value)  # an address with a password
     }
-    if RUN_FOLDER_VARIABLE in reported:
-        reported[RUN_FOLDER_VARIABLE] = str(run_link(job.scratch))
+    if RUN_VARIABLE in reported:
+        reported[RUN_VARIABLE] = str(run_link(job.scratch))
     values = {"HOME": "/tmp", **RANK_DEFAULTS, **_network(job, config), **config.environment, **reported}
     values |= rank_variables(job.training, max(1, int(cores(config.cpu))), launched)
     plain: list[dict[str, Any]] = [
@@ -218,18 +217,15 @@ def _patch(config: TrainJobConfig, labels: Mapping[str, str]) -> dict[str, Any]:
     container = {
         "name": TRAINER,
         "volumeMounts": mounts,
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": container_context(),
     }
     pod: dict[str, Any] = {
         "serviceAccountName": config.service_account,
         "terminationGracePeriodSeconds": config.grace_seconds,
         "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": _USER,
-            "runAsGroup": _USER,
-            "fsGroup": _USER,
+            **pod_context(),
+            "fsGroup": USER,
             "fsGroupChangePolicy": "OnRootMismatch",  # a volume of millions of files is not walked for every pod
-            "seccompProfile": {"type": "RuntimeDefault"},
         },
         "volumes": volumes,
         "containers": [container],

@@ -8,10 +8,9 @@ from modelmill.components.core import events
 
 RUN_TAG = "modelmill:run"
 EXPIRES_TAG = "modelmill:expires"  # seconds since the epoch, or `never` for what the recipe keeps
-RUN_VARIABLE = "MODELMILL_RUN_ID"
 
 
 def current_run() -> str:
     """Id of the run this step belongs to: the cluster's, the name of the run's folder, or `alone`."""
     folder = events.run_directory()
-    return os.environ.get(RUN_VARIABLE) or (folder.name if folder else "alone")
+    return os.environ.get(events.RUN_ID_VARIABLE) or (folder.name if folder else "alone")

@@ -19,6 +19,7 @@ from typing import Any
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import HOME_VARIABLE
+from modelmill.components.core.pod_security import container_context, pod_context
 from modelmill.pipelines.doctor.finding import Finding, collect
 from modelmill.pipelines.doctor.kube import Json, Kube, Refused, Unreachable
 from modelmill.pipelines.platform import Profile
@@ -48,11 +49,7 @@ def job(profile: Profile, name: str) -> Json:
         "command": ["python3", "-m", "modelmill.pipelines.doctor.inside"],
         "env": [*({"name": key, "value": value} for key, value in sorted(variables.items())), *credentials],
         "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "500m", "memory": "1Gi"}},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
+        "securityContext": {**container_context(), "readOnlyRootFilesystem": True},
         "volumeMounts": [
             {"name": "tmp", "mountPath": "/tmp"},
             *({"name": volume.claim, "mountPath": volume.mount} for volume in volumes),
@@ -63,12 +60,7 @@ def job(profile: Profile, name: str) -> Json:
         "restartPolicy": "Never",
         "serviceAccountName": profile.service_account,
         "automountServiceAccountToken": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": 1000,
-            "runAsGroup": 1000,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": pod_context(),
         "containers": [container],
         "volumes": [
             {"name": "tmp", "emptyDir": {"sizeLimit": "256Mi"}},

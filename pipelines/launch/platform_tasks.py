@@ -15,8 +15,10 @@ from typing import Any
 
 from modelmill.components.core import code
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.events import RUN_ID_VARIABLE
 from modelmill.components.core.home import HOME_VARIABLE
-from modelmill.components.core.pod import ANNOUNCEMENT_VARIABLE, RUN_ID_VARIABLE, announcement
+from modelmill.components.core.pod import ANNOUNCEMENT_VARIABLE, announcement
+from modelmill.components.core.pod_security import USER
 from modelmill.components.core.recipe import PlannedStep, Recipe
 from modelmill.components.core.step import (
     FINISHED_VARIABLE,
@@ -26,6 +28,7 @@ from modelmill.components.core.step import (
     StepOptions,
     section,
 )
+from modelmill.components.core.store import STORE_VARIABLE
 from modelmill.components.training.launch import LAUNCHER_VARIABLE, current_launcher
 from modelmill.pipelines.placement import trainings
 from modelmill.pipelines.plan import declared_options
@@ -33,13 +36,11 @@ from modelmill.pipelines.platform import Profile, StepResources
 
 STEP_LABEL = "modelmill.dev/step"
 RUN_LABEL = "pipeline/runid"  # set by KFP on every pod of a run
-STORE_VARIABLE = "MODELMILL_STORE"
 CLOSING_TASK = "close-run"
 _LAUNCHERS = {
     "trainjob": "modelmill.components.launchers.trainjob:TrainJobLauncher",
     "sagemaker": "modelmill.components.launchers.sagemaker:SageMakerLauncher",
 }
-_USER = 1000  # of the images
 _ANNOUNCEMENT_LIMIT = 16 * 1024  # bytes; every task of the workflow carries it, and etcd takes 1.5 MB in all
 
 
@@ -238,7 +239,7 @@ def _place(task: Any, step: str, options: StepOptions, placement: Placement, com
     _secrets(task, profile)
     _resources(task, resources)
     kubernetes.add_pod_label(task, STEP_LABEL, step)
-    kubernetes.set_security_context(task, run_as_user=_USER, run_as_group=_USER, run_as_non_root=True)
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     kubernetes.set_image_pull_policy(task, profile.image_pull_policy)
     for volume in [profile.home, *profile.volumes]:
         assert volume is not None

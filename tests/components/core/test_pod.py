@@ -29,7 +29,7 @@ def pod_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     for name in (events.RUN_VARIABLE, "MLFLOW_RUN_ID", pod.ANY_CODE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MODELMILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv(pod.RUN_ID_VARIABLE, RUN)
+    monkeypatch.setenv(events.RUN_ID_VARIABLE, RUN)
     monkeypatch.setenv(pod.ANNOUNCEMENT_VARIABLE, pod.announcement(record))
     monkeypatch.setitem(sys.modules, "mlflow", None)  # type: ignore[arg-type]
     return Home.current()
@@ -80,7 +80,7 @@ def test_outside_a_pod_and_inside_a_run_nothing_changes(
     with pod.entered("count", {}):
         assert not pod.active()
     monkeypatch.delenv(events.RUN_VARIABLE)
-    monkeypatch.delenv(pod.RUN_ID_VARIABLE)
+    monkeypatch.delenv(events.RUN_ID_VARIABLE)
     with pod.entered("count", {}):
         assert not pod.active()
         pod.check_code("modelmill.components.core.step", "0" * 16)

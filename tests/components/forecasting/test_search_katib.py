@@ -16,6 +16,7 @@ from modelmill.components.forecasting.search_config import SearchConfig
 from modelmill.components.forecasting.search_katib import katib_experiment, main
 from tests.components.forecasting import searches
 from tests.components.forecasting.searches import Trainings, loss, section
+from tests.manifests import restricted
 
 PLACE: dict[str, Any] = {"name": "sales", "namespace": "team", "image": "registry/modelmill@sha256:0", "home": "/home"}
 PLACE |= {"series": "/home/series.json", "base": "/home/base.json", "home_claim": "home"}
@@ -55,6 +56,11 @@ def test_every_parameter_reaches_the_trial() -> None:
 def test_giving_up_is_refused() -> None:
     with pytest.raises(UserError, match=r"search\.pruning: a trial of Katib is one job"):
         katib_experiment(section(pruning={}), **PLACE)
+
+
+def test_a_trials_pod_is_restricted() -> None:
+    pod = rendered()["spec"]["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"]
+    assert restricted.violations(pod) == []
 
 
 def test_a_trial_prints_what_the_collector_reads(
