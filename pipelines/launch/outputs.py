@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,14 @@ def fetch_run(reference: str, step: str | None, output: Path) -> dict[str, Any]:
             f"--step: {run.id} has no output of {step!r}; {suggest(step, list(manifests) or run.record.steps)}"
         )
     manifest = manifests[step]
-    _prepare(output)
-    for entry in manifest.files:
-        target = output / entry.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(manifest.path(entry.path), target)
-        except UserError as error:
-            raise UserError(f"{error}; {_elsewhere(run)}" if run.record.place else str(error)) from None
+    with _filled(output) as folder:
+        for entry in manifest.files:
+            target = folder / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(manifest.path(entry.path), target)
+            except UserError as error:
+                raise UserError(f"{error}; {_elsewhere(run)}" if run.record.place else str(error)) from None
     return {"source": f"{run.id} {step}", "uri": manifest.uri, "files": len(manifest.files), "folder": str(output)}
 
 
@@ -59,10 +60,21 @@ def _elsewhere(run: Run) -> str:
     )
 
 
-def _prepare(output: Path) -> None:
+@contextmanager
+def _filled(output: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` when that is done: whole or not at all."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} is not an empty folder; give a new one")
-    output.mkdir(parents=True, exist_ok=True)
+    folder = output.absolute().with_name(f".{output.absolute().name}.partial")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        os.replace(folder, output.absolute())
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be filled ({error}); free space, or give another folder") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def manifests_of(run: Run) -> dict[str, Manifest]:
@@ -188,11 +200,11 @@ def fetch_model(uri: str, output: Path) -> dict[str, Any]:
         raise UserError(f"MLFLOW_TRACKING_URI: {mlflow_store.safe_uri(tracking)} cannot be used ({error})") from None
     import mlflow
 
-    _prepare(output)
     mlflow.set_tracking_uri(tracking)
-    try:
-        mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(output))
-    except Exception as error:
-        raise UserError(f"model: {uri} cannot be fetched: {mlflow_store.one_line(error)}") from None
+    with _filled(output) as folder:
+        try:
+            mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
+        except Exception as error:
+            raise UserError(f"model: {uri} cannot be fetched: {mlflow_store.one_line(error)}") from None
     files = sum(path.is_file() for path in output.rglob("*"))
     return {"source": uri, "uri": uri, "files": files, "folder": str(output)}

@@ -159,3 +159,6 @@ def test_outputs_of_a_run_are_fetched_whole_or_refused(tmp_path: Path) -> None:
     words = next((Home.current().store / "write_words").glob("*/data/words.txt"))
     words.write_text("the quick brown dog")
     assert "corrupt" in refused("fetch", made.id, "--step", "write_words", "-o", str(tmp_path / "new"))
+    assert not [path for path in tmp_path.iterdir() if "new" in path.name], "not a part of it either"
+    below = str(tmp_path / "out" / "words.txt" / "x")
+    assert "cannot be filled" in refused("fetch", made.id, "--step", "write_words", "-o", below)
