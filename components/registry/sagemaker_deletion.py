@@ -112,8 +112,7 @@ def _delete(sagemaker: Any, look: Callable[[], list[tuple[str, str, str]]]) -> l
                 f"endpoint: {names} cannot be deleted within {_SECONDS:.0f} seconds and may cost money; delete it"
                 " in the console of SageMaker"
             )
-        if any(kind == "Endpoint" for kind, *_ in left):
-            time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
     return deleted
 
 
