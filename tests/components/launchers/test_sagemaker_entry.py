@@ -22,7 +22,7 @@ from modelmill.components.launchers.sagemaker import SageMakerLauncher
 from modelmill.components.launchers.sagemaker_entry import ROOT_VARIABLE
 from modelmill.components.llama.pretrain import pretrain
 from modelmill.components.training.launch import LocalLauncher, RankFailedError, TrainingJob, TrainingStoppedError
-from tests.components.launchers.test_sagemaker import config
+from tests.components.launchers.sagemaker_sections import config
 from tests.components.training import endings
 from tests.components.training.samples import make_tokenizer, make_tokens, pretrain_config, training_config
 from tests.fakes.aws import objects, s3
