@@ -6,7 +6,8 @@ might want to configure first (no torch, no numpy), starts no thread, and each c
 environment and the working directory the step was started with, so that to the step nothing is different.
 
 The other half is `forkclient`, which kfp starts instead of `python3`. When the driver is killed, the server and the
-steps end with it. Linux only; elsewhere a step starts by itself.
+steps end with it. Whoever ends a run sends SIGTERM to all of its processes: the step alone acts on it, and gets it
+once, since server and waiter stay until it has ended. Linux only; elsewhere a step starts by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,8 +64,9 @@ def _serve(listener: socket.socket, exits: Path) -> list[str]:
             connection.close()  # the child answers; SIGCHLD is ignored, so it leaves no zombie
             continue
         listener.close()
-        die_with_parent(signal.SIGTERM, server)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        die_with_parent(signal.SIGKILL, server)
         waiter = os.getpid()
         directory, arguments, environment = _receive(connection)
         step = os.fork()
@@ -74,6 +77,7 @@ def _serve(listener: socket.socket, exits: Path) -> list[str]:
             os.environ.clear()
             os.environ.update(environment)
             return arguments
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # our end would be a second SIGTERM for the step
         _report(step, arguments, connection, exits)
 
 
@@ -92,7 +96,16 @@ def _report(step: int, arguments: list[str], connection: socket.socket, exits: P
     code = status if status >= 0 else 128 - status
     with exits.open("a") as file:
         file.write(f"{code} {_component(arguments)}\n")
-    connection.sendall(str(code).encode())
+    with suppress(OSError):  # the client may have been ended with the run
+        connection.sendall(str(code).encode())
+    os._exit(0)
+
+
+def _leave(number: int, frame: object) -> None:
+    """Start nothing more, and end with the last step; the kernel collects children, as SIGCHLD is ignored."""
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
     os._exit(0)
 
 
@@ -108,6 +121,7 @@ def main() -> None:
     for name in _PRELOADED:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
     arguments = _serve(listener, exits)
     _, module, *words = arguments  # -m MODULE WORDS...
     Path("/proc/self/comm").write_text(_component(words)[:15])  # what `ps` and `top` call the process

@@ -41,7 +41,7 @@ def test_a_step_that_ends_by_itself_when_told_to_counts_as_cancelled(home: Home,
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 143
     assert "count_words  cancelled" in out
-    assert "stopped after saving" in out
+    assert "stopped after saving, told 1 times" in out
     assert all_runs(home)[-1].state == "cancelled"
 
 

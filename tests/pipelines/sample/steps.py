@@ -101,17 +101,22 @@ def _behave(config: CountConfig) -> None:
             events.progress("sleeping", done, 600)
             time.sleep(0.1)
     if config.behaviour == "graceful":
-        signal.signal(signal.SIGTERM, _stop)
-        _note(config, os.getpid())
-        time.sleep(600)
+        _save_when_told(config)
     if config.behaviour in ("family", "leave"):
         _start_family(config)
     if config.behaviour == "family":
         time.sleep(600)
 
 
-def _stop(number: int, frame: object) -> None:
-    raise RuntimeError("stopped after saving")
+def _save_when_told(config: CountConfig) -> None:
+    """Go on for a moment after SIGTERM, as saving does, and say how often it came."""
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    _note(config, os.getpid())
+    while not told:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    raise RuntimeError(f"stopped after saving, told {len(told)} times")
 
 
 def _start_family(config: CountConfig) -> None:
