@@ -13,8 +13,9 @@ import botocore.loaders
 import pytest
 from moto.server import ThreadedMotoServer
 
-from tests.fakes.sagemaker_api import REGION, SageMakerService
+from tests.fakes.sagemaker_api import SageMakerService
 from tests.fakes.sagemaker_http import SageMakerServer
+from tests.fakes.sagemaker_tagged import REGION
 
 BUCKET = "modelmill-tests"
 _LOADER = botocore.loaders.create_loader()  # a session of its own would read the service models each time

@@ -9,7 +9,8 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tests.fakes.sagemaker_api import SageMakerService, ServiceError
+from tests.fakes.sagemaker_api import SageMakerService
+from tests.fakes.sagemaker_tagged import ServiceError
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -27,7 +27,8 @@ from modelmill.components.training.launch import (
 from tests.components.launchers.sagemaker_sections import config
 from tests.components.training.samples import training_config
 from tests.fakes.aws import BUCKET, objects, s3
-from tests.fakes.sagemaker_api import PLAN, SageMakerService
+from tests.fakes.sagemaker_api import SageMakerService
+from tests.fakes.sagemaker_training import PLAN
 
 
 class Case:
