@@ -108,7 +108,7 @@ class RunWriter:
             experiment = client.get_run(outer_run_id).info.experiment_id
         else:
             experiment = mlflow_store.experiment_id(client, start.get("experiment") or "modelmill", artifact_root)
-        found = _search(client, experiment, run_id)
+        found = _search(client, [experiment], run_id)
         parent = outer_run_id or next((run.info.run_id for run in found if STEP_TAG not in run.data.tags), None)
         created = parent is None or (bool(outer_run_id) and not found)
         if parent is None:
@@ -294,13 +294,41 @@ class _Batch:
                 self.guard(f"metric {metric.key}", partial(client.log_batch, run_id, metrics=[metric]))
 
 
-def _search(client: MlflowClient, experiment: str, run_id: str) -> list[Any]:
+def end_open_runs(client: MlflowClient, run_id: str, status: str) -> int | None:
+    """End a pipeline run that nobody else will: its parent and nested runs, as far as they are open.
+
+    Args:
+        client: of the tracking store.
+        run_id: the pipeline run, in whatever experiment.
+        status: `FINISHED`, `FAILED` or `KILLED`.
+
+    Returns:
+        How many were open, or None when MLflow has no run of it.
+
+    Raises:
+        Exception: the store is unavailable or refuses.
+    """
+    experiments: list[str] = []
+    token, more = None, True
+    while more:
+        page = client.search_experiments(page_token=token)
+        experiments += [each.experiment_id for each in page]
+        token, more = page.token, bool(page.token)
+    found = _search(client, experiments, run_id)
+    waiting = [run for run in found if run.info.status not in _STATUS]
+    # The parent last: when this is cut off, it still shows that the run was not ended.
+    for run in sorted(waiting, key=lambda run: STEP_TAG not in run.data.tags):
+        client.set_terminated(run.info.run_id, status=status)
+    return len(waiting) if found else None
+
+
+def _search(client: MlflowClient, experiments: list[str], run_id: str) -> list[Any]:
     """The parent and nested runs of a pipeline run that MLflow has."""
     found: list[Any] = []
     token = None
     while True:
         quoted = run_id.replace("'", "")
-        page = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{quoted}'", max_results=1000, page_token=token)
+        page = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{quoted}'", max_results=1000, page_token=token)
         found.extend(page)
         token = page.token
         if not token:

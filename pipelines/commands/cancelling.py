@@ -27,20 +27,18 @@ def cancel_command(run: str, profile: str | None, grace: float) -> None:
     """End a run.
 
     RUN is an id, a unique part of one, or `latest`. Steps here get their time of grace; a run on a cluster is
-    terminated and its training jobs are deleted. `modelmill resume` goes on from the last checkpoint.
+    terminated, its training jobs are deleted, and its runs in MLflow end as KILLED. If MLflow cannot be reached, the
+    same command does that later. `modelmill resume` goes on from the last checkpoint.
     """
     from modelmill.components.core.home import Home
     from modelmill.pipelines.launch import cancel
     from modelmill.pipelines.launch.runs import find_run
 
     if profile is not None:
-        from modelmill.pipelines.launch.kubeflow import Endpoint
         from modelmill.pipelines.platform import load_profile
 
-        chosen = load_profile(profile)
-        jobs = chosen.trainjob.namespace if chosen.trainjob else ""
-        cancel.end_on_kfp(run, Endpoint(chosen), jobs, click.echo)
-        click.echo(f"run {run} is being ended")
+        state = cancel.cancel_foreign(run, load_profile(profile), click.echo)
+        click.echo(f"{run}: {state}")
         return
     found = find_run(Home.current(), run)
     away = bool(found.record.place)

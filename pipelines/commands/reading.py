@@ -116,7 +116,7 @@ def _look_up(runs: Sequence[Run]) -> None:
 
 def _list_cluster(name: str, limit: int, as_json: bool) -> None:
     """What runs at the endpoint of a profile, from whatever machine or schedule."""
-    from modelmill.pipelines.launch.kubeflow import ENDED, Endpoint
+    from modelmill.pipelines.launch.kubeflow import Endpoint, ended_as
     from modelmill.pipelines.platform import load_profile
 
     endpoint = Endpoint(load_profile(name))
@@ -124,7 +124,7 @@ def _list_cluster(name: str, limit: int, as_json: bool) -> None:
         {
             "run": str(each.run_id),
             "name": str(each.display_name),
-            "state": ENDED.get(str(each.state), str(each.state or "pending").lower()),
+            "state": ended_as(each) or str(each.state or "pending").lower(),
             "started": each.created_at.timestamp() if each.created_at else None,
             "schedule": each.recurring_run_id,
             "url": endpoint.run_url(str(each.run_id)),

@@ -30,6 +30,16 @@ _TIMEOUT = (5, 60)  # seconds to connect, to answer
 ENDED = {"SUCCEEDED": "succeeded", "SKIPPED": "succeeded", "FAILED": "failed", "CANCELED": "cancelled"}
 
 
+def ended_as(run: Any) -> str | None:
+    """How a run ended, as the API describes it: `succeeded`, `failed` or `cancelled`; None while it goes on.
+
+    One that was terminated ends as FAILED, the state of its workflow; only its history says that it was CANCELING.
+    """
+    state = ENDED.get(str(run.state))
+    earlier = (str(each.state) for each in reversed(run.state_history or []) if str(each.state) != "FAILED")
+    return "cancelled" if state == "failed" and next(earlier, "") == "CANCELING" else state
+
+
 class NotThere(UserError):
     """What was asked for does not exist at the endpoint."""
 
@@ -314,7 +324,11 @@ class Endpoint:
         )
 
     def terminate(self, run_id: str) -> None:
-        """Tell a run to end; one that has ended is left as it is."""
+        """Tell a run to end.
+
+        Raises:
+            UserError: also when it has ended, or was told before.
+        """
         self.call(self.api.runs.run_service_terminate_run, run_id)
 
     def listed(

@@ -23,7 +23,7 @@ from modelmill.components.core.events import append_line, read_lines
 from modelmill.components.core.home import Home
 from modelmill.pipelines import catalog as catalogs
 from modelmill.pipelines import plan
-from modelmill.pipelines.launch.kubeflow import ENDED, Endpoint, Version
+from modelmill.pipelines.launch.kubeflow import ENDED, Endpoint, Version, ended_as
 from modelmill.pipelines.launch.local import RunResult, mark
 from modelmill.pipelines.launch.package import compile_recipe
 from modelmill.pipelines.launch.platform_tasks import Placement, check_admissible, cluster_sections
@@ -137,26 +137,32 @@ def profile_of(run: Run) -> Profile:
         raise UserError(f"run: {run.folder} has lost its profile.json ({error}); name the profile anew") from None
 
 
-def refresh(run: Run, endpoint: Endpoint) -> RunView:
-    """Bring the folder of a run up to date with what the endpoint says; returns its steps."""
+def refresh(run: Run, endpoint: Endpoint, *, terminated: bool = False) -> RunView:
+    """Bring the folder of a run up to date with what the endpoint says; returns its steps.
+
+    Args:
+        terminated: it was told to end, so its failure is that.
+    """
     view = RunView(run.folder, run.record.steps)
     view.refresh()
     found = endpoint.run(run.record.place["run_id"])
     _note_tasks(run, view, found)
     view.refresh()
-    state = ENDED.get(str(found.state))
+    state = ended_as(found)
+    if terminated and state == "failed":
+        state = "cancelled"
     if state and run.record.state == "running":
-        mark(run, state, _EXIT_CODES[state], _why(view, found) if state != "succeeded" else "")
+        mark(run, state, _EXIT_CODES[state], _why(view, found, state) if state != "succeeded" else "")
         if found.finished_at:
             run.record.ended = found.finished_at.timestamp()
             run.save()
     return view
 
 
-def _why(view: RunView, found: Any) -> str:
+def _why(view: RunView, found: Any, state: str) -> str:
     broken = "; ".join(f"{step.name}: {step.message}" for step in view.failed)
     message = found.error.message if found.error else ""
-    return broken or message or f"the run is {str(found.state).lower()}"
+    return broken or message or f"the run is {state}"
 
 
 def _note_tasks(run: Run, view: RunView, found: Any) -> None:

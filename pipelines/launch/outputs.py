@@ -135,9 +135,10 @@ def _tracked(run: Run) -> tuple[Any, list[Any]]:
     from modelmill.components.core import mlflow_store
     from modelmill.components.core.mlflow_writer import RUN_TAG, STEP_TAG
     from modelmill.pipelines.launch.kubeflow_runs import profile_of
+    from modelmill.pipelines.launch.tracked import tracking_uri
     from modelmill.pipelines.plan import stored_recipe
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or profile_of(run).tracking.uri
+    uri = tracking_uri(profile_of(run))
     if not uri:
         return None, []
     try:

@@ -29,6 +29,7 @@ from tests.fakes.kfp_engine import Execution, Json, Pod
 from tests.fakes.kubernetes_api import Fault, KubernetesApi
 
 _PREFIX = "/apis/v2beta1"
+_OVER = ("SUCCEEDED", "FAILED", "CANCELED")
 _PAGE = 3  # entries of a page at most, so that every list of a test has several
 
 
@@ -48,6 +49,7 @@ class KfpApi:
         token: bearer token it wants; None lets everybody in. cookie: the same for a cookie.
         multi_user: whether it knows namespaces, and then wants one.
         execute: run what is submitted; otherwise runs stay as `set_task` and `end` say.
+        history: whether runs tell the states they had.
         images_without: packages that the images of steps lack.
         secrets: Kubernetes secrets of the namespace.
         kubernetes: where the pods of runs show up.
@@ -58,6 +60,7 @@ class KfpApi:
         self.token: str | None = None
         self.cookie: str | None = None
         self.execute = False
+        self.history = True
         self.images_without: tuple[str, ...] = ()
         self.secrets: dict[str, dict[str, str]] = {}
         self.requests: list[tuple[str, str]] = []
@@ -115,7 +118,7 @@ class KfpApi:
 
     def end(self, run_id: str, state: str) -> None:
         """End a run."""
-        self.runs[run_id] |= {"state": state, "finished_at": _now()}
+        _turn(self.runs[run_id], state)
 
     def answer(self, method: str, path: str, query: Mapping[str, str], headers: Any, body: bytes) -> Json:
         """Answer one request; raises `Refused`."""
@@ -170,6 +173,12 @@ class KfpApi:
         found = [each for each in self.versions.values() if each["pipeline_id"] == pipeline]
         return _page("pipeline_versions", found, query)
 
+    def _get_version(self, query: Any, body: Any, headers: Any, pipeline: str, version: str) -> Json:
+        found = self.versions.get(version) or _missing(version)
+        package = self.packages[version]
+        platform = {"platforms": {"kubernetes": {"deploymentSpec": {"executors": package["platform"]}}}}
+        return {**found, "pipeline_spec": {"pipeline_spec": package["pipeline"], "platform_spec": platform}}
+
     def _create_experiment(self, query: Any, body: Json, headers: Any) -> Json:
         self._place(body.get("namespace"))
         return self._add(self.experiments, "experiment_id", body)
@@ -188,7 +197,7 @@ class KfpApi:
         if unknown := parameters.keys() - known.keys():
             raise Refused(400, f"the pipeline has no parameter {', '.join(sorted(unknown))}")
         made = self._add(self.runs, "run_id", {**body, "state": "PENDING", "run_details": {"task_details": []}})
-        made["state"] = "RUNNING"
+        _turn(made, "RUNNING")
         if self.execute:
             self.executions[made["run_id"]] = execution = Execution(
                 made["run_id"],
@@ -208,10 +217,8 @@ class KfpApi:
         if execution := self.executions.get(run_id):
             run["run_details"]["task_details"] = list(execution.tasks.values())
             if execution.state != run["state"]:
-                run["state"] = execution.state
-                if execution.state in ("SUCCEEDED", "FAILED", "CANCELED"):
-                    run["finished_at"] = _now()
-        return run
+                _turn(run, execution.state)
+        return run if self.history else {**run, "state_history": []}
 
     def _list_runs(self, query: Mapping[str, str], body: Any, headers: Any) -> Json:
         found = list(self.runs.values())
@@ -225,12 +232,13 @@ class KfpApi:
 
     def _terminate(self, query: Any, body: Any, headers: Any, run_id: str) -> Json:
         run = self.runs.get(run_id) or _missing(run_id)
-        if run["state"] in ("SUCCEEDED", "FAILED", "CANCELED"):
-            raise Refused(400, "the run has ended")
+        if run["state"] in (*_OVER, "CANCELING"):
+            raise Refused(400, f"Failed to terminate a run {run_id}. Row not found")
+        _turn(run, "CANCELING")
         if run_id in self.executions:
             self.executions[run_id].stop()
         else:
-            self.end(run_id, "CANCELED")
+            self.end(run_id, "FAILED")
         return {}
 
     def _create_recurring(self, query: Any, body: Json, headers: Any) -> Json:
@@ -338,12 +346,20 @@ def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
+def _turn(run: Json, state: str) -> None:
+    run["state"] = state
+    run.setdefault("state_history", []).append({"state": state, "update_time": _now()})
+    if state in _OVER:
+        run["finished_at"] = _now()
+
+
 _ROUTES = [
     ("GET", "/healthz", "healthz"),
     ("POST", "/pipelines", "create_pipeline"),
     ("GET", "/pipelines/names/([^/]+)", "pipeline_by_name"),
     ("POST", "/pipelines/upload_version", "upload_version"),
     ("GET", "/pipelines/([^/]+)/versions", "list_versions"),
+    ("GET", "/pipelines/([^/]+)/versions/([^/]+)", "get_version"),
     ("POST", "/experiments", "create_experiment"),
     ("GET", "/experiments", "list_experiments"),
     ("POST", "/runs", "create_run"),

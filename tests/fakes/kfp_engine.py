@@ -87,7 +87,7 @@ class Execution:
         except Exception as error:  # a defect of the engine must not look like a run without an end
             self.tasks["engine"] = {"display_name": "engine", "state": "FAILED", "error": {"message": repr(error)}}
             good = False
-        self.state = "CANCELED" if self.stopped else "SUCCEEDED" if good else "FAILED"
+        self.state = "SUCCEEDED" if good else "FAILED"  # also of a run that was terminated, as its workflow has failed
 
     def _dag(self, dag: Json, parameters: Mapping[str, Any], artifacts: Mapping[str, Any]) -> tuple[bool, str]:
         """Run the tasks of a DAG in the order of their dependencies; returns whether all went well, and why not."""
