@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import unquote
+
+from pydantic import Field
 
 from modelmill.components.core.errors import UserError
 
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+# Type of a parameter. No `user:password@`: recipes are stored and shown.
+S3Endpoint = Annotated[
+    str | None,
+    Field(pattern=r"^https?://[^@\s]+$", description="Endpoint of an S3-compatible store; null means AWS."),
+]
 
 
 def is_remote(uri: str) -> bool:

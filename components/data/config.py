@@ -8,12 +8,14 @@ started, so that a missing file is reported before the first step.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from modelmill.components.core.recipe import Section
-from modelmill.components.core.uri import split_s3
+from modelmill.components.data.source_config import DataSource, LocalFiles, S3Objects, SourcesConfig, check_held_out
+
+PARAMETER = "corpus.source"
 
 # Rich in documentation, and certain to be there with the extras train, kfp, track and eval.
 DOCUMENTED_DISTRIBUTIONS = (
@@ -83,14 +85,13 @@ class InstalledDocsSource(Distributions):
         return "installed-docs"
 
 
-class FilesSource(Section):
+class FilesSource(LocalFiles):
     """Local files or folders: `.txt` and `.md` (one document a file), `.jsonl` and `.parquet` (one a row).
 
     Each of them may be compressed as `.gz` or `.zst`. Folders are searched recursively, hidden entries left out.
     """
 
-    type: Literal["files"]
-    paths: list[str] = Field(min_length=1, description="Files or folders, relative to the working directory.")
+    parameter: ClassVar[str] = PARAMETER
     text_field: str = Field(
         default="text", min_length=1, description="Field (jsonl) or column (parquet) with the text."
     )
@@ -100,34 +101,19 @@ class FilesSource(Section):
         description="Text between documents inside a txt or md file; null makes each file one document.",
     )
 
-    @property
-    def label(self) -> str:
-        return ", ".join(self.paths)
 
-    def fingerprint(self) -> str:
-        from modelmill.components.data.files import fingerprint_files
-
-        return fingerprint_files(self.paths)
-
-
-class DatasetName(Section):
-    """Which Hugging Face dataset."""
+class HubDataset(DataSource):
+    """A Hugging Face dataset."""
 
     name: str = Field(min_length=1, description="Dataset on the Hub, or a local dataset folder.")
     config: str | None = Field(default=None, description="Configuration of the dataset; null takes its default one.")
     split: str = Field(default="train", min_length=1, description="Split to read.")
     revision: str | None = Field(default=None, description="Commit, tag or branch; a commit makes the run repeatable.")
+    type: Literal["huggingface"]
 
     @property
     def label(self) -> str:
         return self.name if Path(self.name).expanduser().is_dir() else f"hf://datasets/{self.name}"
-
-
-class HuggingFaceSource(DatasetName):
-    """A Hugging Face dataset, streamed; a local dataset folder works too. Code from a dataset is never run."""
-
-    type: Literal["huggingface"]
-    text_field: str = Field(default="text", min_length=1, description="Column with the text.")
 
     def fingerprint(self) -> str:
         from modelmill.components.data.huggingface import fingerprint_dataset
@@ -135,14 +121,17 @@ class HuggingFaceSource(DatasetName):
         return fingerprint_dataset(self)
 
 
-class S3Source(Section):
+class HuggingFaceSource(HubDataset):
+    """A Hugging Face dataset, streamed; a local dataset folder works too. Code from a dataset is never run."""
+
+    parameter: ClassVar[str] = PARAMETER
+    text_field: str = Field(default="text", min_length=1, description="Column with the text.")
+
+
+class S3Source(S3Objects):
     """Objects below an S3 prefix (or one object), of the same formats as local files."""
 
-    type: Literal["s3"]
-    uri: str = Field(description="s3://bucket/prefix or s3://bucket/key.")
-    endpoint_url: str | None = Field(
-        default=None, pattern=r"^https?://[^@\s]+$", description="Endpoint of an S3-compatible store; null means AWS."
-    )
+    parameter: ClassVar[str] = PARAMETER
     text_field: str = Field(
         default="text", min_length=1, description="Field (jsonl) or column (parquet) with the text."
     )
@@ -151,16 +140,6 @@ class S3Source(Section):
         min_length=1,
         description="Text between documents inside a txt or md object; null: one document each.",
     )
-
-    @property
-    def label(self) -> str:
-        return self.uri
-
-    def fingerprint(self) -> str:
-        from modelmill.components.data.s3 import fingerprint_objects
-
-        split_s3(self.uri, parameter="corpus.source.uri")
-        return fingerprint_objects(self.uri, self.endpoint_url)
 
 
 Source = Annotated[
@@ -191,7 +170,7 @@ class QualityConfig(Section):
     )
 
 
-class CorpusConfig(Section):
+class CorpusConfig(SourcesConfig):
     """Which text, what of it is kept, and how it is split."""
 
     source: list[Source] = Field(min_length=1, description="One source or several; they share `max_bytes` evenly.")
@@ -211,30 +190,15 @@ class CorpusConfig(Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Salt of the split; another seed gives another split.")
 
-    @field_validator("source", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return value if isinstance(value, (list, tuple)) else [value]
-
     @model_validator(mode="after")
     def _consistent(self) -> CorpusConfig:
-        if self.validation_fraction + self.test_fraction >= 1:
-            held_out = f"{self.validation_fraction} + {self.test_fraction}"
-            raise ValueError(f"validation_fraction + test_fraction: {held_out} leaves nothing to train on; lower them")
+        check_held_out(self.validation_fraction, self.test_fraction)
         if self.max_document_length < self.min_document_length:
             raise ValueError(
                 f"max_document_length: {self.max_document_length} is below min_document_length "
                 f"{self.min_document_length}; raise it"
             )
         return self
-
-    def fingerprint(self) -> str:
-        """State of what the sources read: versions, or names, sizes and times.
-
-        Raises:
-            UserError: a source cannot be found or listed.
-        """
-        return ";".join(f"{source.type}:{source.fingerprint()}" for source in self.source)
 
 
 class TokenizerConfig(Section):

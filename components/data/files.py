@@ -125,9 +125,7 @@ def state(entries: Iterable[tuple[str, Path]]) -> str:
     return f"{count} files, {size} bytes, {digest.hexdigest()[:24]}"
 
 
-def fingerprint_files(
-    paths: Sequence[str], *, parameter: str = "corpus.source.paths", formats: Formats = TEXT_FORMATS
-) -> str:
+def fingerprint_files(paths: Sequence[str], *, parameter: str, formats: Formats) -> str:
     """State of every file that `list_files` finds; see there for the errors."""
     return state((entry.name, entry.path) for entry in list_files(paths, parameter=parameter, formats=formats))
 

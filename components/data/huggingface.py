@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.data.config import DatasetName, HuggingFaceSource
+from modelmill.components.data.config import HubDataset, HuggingFaceSource
 from modelmill.components.data.files import folder_state
 from modelmill.components.data.formats import checked_text
 
-_PARAMETER = "corpus.source"
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
 
 
-def fingerprint_dataset(source: DatasetName, parameter: str = _PARAMETER) -> str:
+def fingerprint_dataset(source: HubDataset) -> str:
     """State of the dataset: a local folder's files, else the commit that its revision names now.
 
     Raises:
@@ -39,13 +38,16 @@ def fingerprint_dataset(source: DatasetName, parameter: str = _PARAMETER) -> str
         return str(HfApi().dataset_info(source.name, revision=revision, timeout=20).sha)
     except (RepositoryNotFoundError, HFValidationError):
         remedy = "give an existing folder or a dataset of the Hub (a private one needs HF_TOKEN)"
-        raise UserError(f"{parameter}.name: {source.name!r} is neither a folder nor a dataset; {remedy}") from None
+        raise UserError(
+            f"{source.parameter}.name: {source.name!r} is neither a folder nor a dataset; {remedy}"
+        ) from None
     except RevisionNotFoundError:
-        raise UserError(f"{parameter}.revision: {source.name} has no revision {revision!r}; name another") from None
+        problem = f"{source.name} has no revision {revision!r}; name another"
+        raise UserError(f"{source.parameter}.revision: {problem}") from None
     except Exception as error:  # the HTTP stack below raises its own families of errors
         remedy = "check the network, or give a local folder or a full commit as revision"
         raise UserError(
-            f"{parameter}.name: {source.name} cannot be looked up ({type(error).__name__}); {remedy}"
+            f"{source.parameter}.name: {source.name} cannot be looked up ({type(error).__name__}); {remedy}"
         ) from None
 
 
@@ -55,20 +57,16 @@ def read_dataset(source: HuggingFaceSource) -> Generator[str, None, None]:
     Raises:
         UserError: no such dataset, configuration, split or text column, or files that cannot be read.
     """
-    for number, row in enumerate(read_rows(source, _PARAMETER)):
+    for number, row in enumerate(read_rows(source)):
         if source.text_field not in row:
             held = ", ".join(map(repr, row))
             field = f"{source.text_field!r} but {held}"
-            raise UserError(f"corpus.source.text_field: {source.name} has no column {field}; name another")
+            raise UserError(f"{source.parameter}.text_field: {source.name} has no column {field}; name another")
         yield checked_text(row[source.text_field], f"{source.name} row {number}", source.text_field)
 
 
-def read_rows(source: DatasetName, parameter: str) -> Generator[dict[str, Any], None, None]:
+def read_rows(source: HubDataset) -> Generator[dict[str, Any], None, None]:
     """Whole rows of the dataset in its own order.
-
-    Args:
-        source: which dataset.
-        parameter: of the recipe, for messages.
 
     Raises:
         UserError: no such dataset, configuration or split, or files that cannot be read.
@@ -84,4 +82,4 @@ def read_rows(source: DatasetName, parameter: str) -> Generator[dict[str, Any], 
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "check name, config, split and revision"
-        raise UserError(f"{parameter}.name: {source.name} cannot be read ({reason}); {remedy}") from None
+        raise UserError(f"{source.parameter}.name: {source.name} cannot be read ({reason}); {remedy}") from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import string
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from modelmill.components.core.recipe import Section
-from modelmill.components.core.uri import split_s3
-from modelmill.components.data.config import DatasetName, Distributions
+from modelmill.components.data.config import Distributions, HubDataset
+from modelmill.components.data.source_config import DataSource, LocalFiles, S3Objects, SourcesConfig, check_held_out
 
 PARAMETER = "instructions.source"
 Role = Literal["system", "user", "assistant", "tool"]
@@ -88,9 +88,10 @@ class CompletionRecords(Section):
 Records = Annotated[ChatRecords | CompletionRecords, Field(discriminator="format")]
 
 
-class RecordSource(Section):
+class RecordSource(DataSource):
     """What every source of records has."""
 
+    parameter: ClassVar[str] = PARAMETER
     records: Records = Field(
         default=ChatRecords(format="chat"), description="How a record holds its conversation: chat or completion."
     )
@@ -99,51 +100,16 @@ class RecordSource(Section):
     )
 
 
-class FileRecords(RecordSource):
+class FileRecords(LocalFiles, RecordSource):
     """Local files or folders: `.jsonl` (one record a line) and `.parquet` (one a row), plain, `.gz` or `.zst`."""
 
-    type: Literal["files"]
-    paths: list[str] = Field(min_length=1, description="Files or folders, relative to the working directory.")
 
-    @property
-    def label(self) -> str:
-        return ", ".join(self.paths)
-
-    def fingerprint(self) -> str:
-        from modelmill.components.data.files import fingerprint_files
-
-        return fingerprint_files(self.paths, parameter=f"{PARAMETER}.paths")
-
-
-class DatasetRecords(DatasetName, RecordSource):
+class DatasetRecords(HubDataset, RecordSource):
     """A Hugging Face dataset, streamed; a local dataset folder works too. Code from a dataset is never run."""
 
-    type: Literal["huggingface"]
 
-    def fingerprint(self) -> str:
-        from modelmill.components.data.huggingface import fingerprint_dataset
-
-        return fingerprint_dataset(self, PARAMETER)
-
-
-class S3Records(RecordSource):
+class S3Records(S3Objects, RecordSource):
     """Objects below an S3 prefix (or one object), of the same formats as local files."""
-
-    type: Literal["s3"]
-    uri: str = Field(description="s3://bucket/prefix or s3://bucket/key.")
-    endpoint_url: str | None = Field(
-        default=None, pattern=r"^https?://[^@\s]+$", description="Endpoint of an S3-compatible store; null means AWS."
-    )
-
-    @property
-    def label(self) -> str:
-        return self.uri
-
-    def fingerprint(self) -> str:
-        from modelmill.components.data.s3 import fingerprint_objects
-
-        split_s3(self.uri, parameter=f"{PARAMETER}.uri")
-        return fingerprint_objects(self.uri, self.endpoint_url, PARAMETER)
 
 
 class InstalledDocsQuestions(Distributions):
@@ -233,7 +199,7 @@ class PromptTemplate(Section):
 Template = Annotated[TokenizerTemplate | JinjaTemplate | PromptTemplate, Field(discriminator="kind")]
 
 
-class InstructionsConfig(Section):
+class InstructionsConfig(SourcesConfig):
     """Which conversations are learnt from, how they are written out, split and packed."""
 
     source: list[InstructionSource] = Field(min_length=1, description="One source of records, or several.")
@@ -261,16 +227,9 @@ class InstructionsConfig(Section):
         default=3, ge=1, le=100, description="Conversations of each split to show as the model sees them."
     )
 
-    @field_validator("source", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return value if isinstance(value, (list, tuple)) else [value]
-
     @model_validator(mode="after")
     def _consistent(self) -> InstructionsConfig:
-        if self.validation_fraction + self.test_fraction >= 1:
-            held_out = f"{self.validation_fraction} + {self.test_fraction}"
-            raise ValueError(f"validation_fraction + test_fraction: {held_out} leaves nothing to train on; lower them")
+        check_held_out(self.validation_fraction, self.test_fraction)
         if sum(isinstance(source, InstalledDocsQuestions) for source in self.source) > 1:
             raise ValueError("source: installed-docs-qa stands there twice; name all distributions in one")
         return self
@@ -281,10 +240,10 @@ class InstructionsConfig(Section):
         Raises:
             UserError: something cannot be found or listed.
         """
-        found = [f"{source.type}:{source.fingerprint()}" for source in self.source]
+        found = super().fingerprint()
         if isinstance(self.template, JinjaTemplate) and self.template.path is not None:
             from modelmill.components.data.files import state, template_path
 
             path = template_path(self.template.path)
-            found.append(f"template:{state([(path.name, path)])}")
-        return ";".join(found)
+            found += f";template:{state([(path.name, path)])}"
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -19,6 +19,7 @@ from modelmill.components.data.instruction_config import (
     placeholders,
 )
 from modelmill.components.data.section_names import told_as
+from modelmill.components.data.source_config import SourcesConfig
 
 SECTION = "preferences"
 PARAMETER = "preferences.source"
@@ -107,7 +108,7 @@ class InstalledDocsPairs(InstalledDocsQuestions):
 PairSource = Annotated[FilePairs | DatasetPairs | S3Pairs | InstalledDocsPairs, Field(discriminator="type")]
 
 
-class PreferencesConfig(Section):
+class PreferencesConfig(SourcesConfig):
     """Which pairs are learnt from, how they are written out and split."""
 
     source: list[PairSource] = Field(min_length=1, description="One source of pairs, or several.")
@@ -137,11 +138,6 @@ class PreferencesConfig(Section):
     preview_pairs: int = Field(
         default=3, ge=1, le=100, description="Pairs of each split to show as the model sees them."
     )
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return value if isinstance(value, (list, tuple)) else [value]
 
     @model_validator(mode="after")
     def _as_instructions(self) -> PreferencesConfig:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from modelmill.components.core.uri import split_s3
 from modelmill.components.data.config import CorpusConfig, FilesSource, InstalledDocsSource, S3Source, Source
-from modelmill.components.data.files import TEXT_FORMATS, DocumentFormat, Formats, list_files
+from modelmill.components.data.files import DocumentFormat, list_files
 from modelmill.components.data.formats import ReadOptions, read_texts
 from modelmill.components.data.huggingface import read_dataset
 from modelmill.components.data.installed_docs import read_installed_docs
 from modelmill.components.data.s3 import download, list_objects
+from modelmill.components.data.source_config import LocalFiles, S3Objects
 
 
 def read_source(
@@ -31,49 +32,42 @@ def read_source(
     """
     if isinstance(source, InstalledDocsSource):
         return read_installed_docs(source.distributions, config.min_document_length, skipped)
-    if isinstance(source, FilesSource):
+    if isinstance(source, FilesSource | S3Source):
         return _read_files(source, config, scratch)
-    if isinstance(source, S3Source):
-        return _read_objects(source, config, scratch)
     return read_dataset(source)
 
 
-def _options(source: FilesSource | S3Source, config: CorpusConfig, scratch: Path) -> ReadOptions:
-    return ReadOptions(source.text_field, source.separator, config.max_document_length, scratch)
-
-
-def _read_files(source: FilesSource, config: CorpusConfig, scratch: Path) -> Generator[str, None, None]:
-    options = _options(source, config, scratch)
-    for entry in list_files(source.paths):
-        yield from read_texts(entry.path, str(entry.path), entry.format, options)
-
-
-def _read_objects(source: S3Source, config: CorpusConfig, scratch: Path) -> Generator[str, None, None]:
-    options = _options(source, config, scratch)
-    for path, name, kind in fetch_objects(source.uri, source.endpoint_url, scratch, options.parameter):
+def _read_files(source: FilesSource | S3Source, config: CorpusConfig, scratch: Path) -> Generator[str, None, None]:
+    options = ReadOptions(source.text_field, source.separator, config.max_document_length, scratch)
+    for path, name, kind in open_files(source, scratch):
         yield from read_texts(path, name, kind, options)
 
 
-def fetch_objects(
-    uri: str, endpoint_url: str | None, scratch: Path, parameter: str, formats: Formats = TEXT_FORMATS
+def open_files(
+    source: LocalFiles | S3Objects, scratch: Path
 ) -> Generator[tuple[Path, str, DocumentFormat], None, None]:
-    """Objects at a key or below a prefix, one at a time: local path (until the next one), URI and format.
+    """Files or objects of a source, one at a time: path (of an object until the next one), name for people and format.
 
     Args:
-        uri: key or prefix.
-        endpoint_url: of an S3-compatible store; None means AWS.
-        scratch: folder for the object.
-        parameter: of the recipe, for messages.
-        formats: that are read.
+        source: where they are.
+        scratch: folder for an object.
 
     Raises:
-        UserError: see `list_objects` and `download`.
+        UserError: see `list_files`, `list_objects` and `download`.
     """
-    bucket, _ = split_s3(uri, parameter=f"{parameter}.uri")
+    if isinstance(source, S3Objects):
+        yield from _fetch_objects(source, scratch)
+        return
+    for entry in list_files(source.paths, parameter=f"{source.parameter}.paths", formats=source.formats):
+        yield entry.path, str(entry.path), entry.format
+
+
+def _fetch_objects(source: S3Objects, scratch: Path) -> Generator[tuple[Path, str, DocumentFormat], None, None]:
+    bucket, _ = split_s3(source.uri, parameter=f"{source.parameter}.uri")
     target = scratch / "object"  # never the key: it may hold `..` or be as long as S3 allows
-    for entry in list_objects(uri, endpoint_url, parameter, formats):
+    for entry in list_objects(source):
         try:
-            download(uri, endpoint_url, entry, target, parameter)
+            download(source, entry, target)
             yield target, f"s3://{bucket}/{entry.key}", entry.format
         finally:
             target.unlink(missing_ok=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from modelmill.components.core.recipe import Section
-from modelmill.components.core.uri import split_s3
-from modelmill.components.data.config import DatasetName
+from modelmill.components.data.config import HubDataset
 from modelmill.components.data.instruction_config import InstalledDocsQuestions, Split, placeholders
+from modelmill.components.data.source_config import DataSource, LocalFiles, S3Objects, SourcesConfig, check_held_out
 
 PARAMETER = "pairs.source"
 CONTRASTIVE = ("multiple_negatives_ranking", "symmetric_ranking", "cached_multiple_negatives_ranking")
@@ -40,24 +40,18 @@ class PairFields(Section):
         return text
 
 
-class PairSource(Section):
+class PairSource(DataSource):
     """What every source of records has."""
 
+    parameter: ClassVar[str] = PARAMETER
     fields: PairFields = Field(default=PairFields(), description="Which fields of a record make the pair.")
     into: Split | None = Field(
         default=None, description="Split that all of it goes to; null splits by a hash of the text to find."
     )
 
 
-class PairFiles(PairSource):
+class PairFiles(LocalFiles, PairSource):
     """Local files or folders: `.jsonl` and `.parquet`, plain, `.gz` or `.zst`; and `.json` files with one list."""
-
-    type: Literal["files"]
-    paths: list[str] = Field(min_length=1, description="Files or folders, relative to the working directory.")
-
-    @property
-    def label(self) -> str:
-        return ", ".join(self.paths)
 
     def fingerprint(self) -> str:
         from modelmill.components.data.files import state
@@ -66,35 +60,12 @@ class PairFiles(PairSource):
         return state((entry.name, entry.path) for entry in pair_files(self.paths))
 
 
-class PairDataset(DatasetName, PairSource):
+class PairDataset(HubDataset, PairSource):
     """A Hugging Face dataset, streamed; a local dataset folder works too. Code from a dataset is never run."""
 
-    type: Literal["huggingface"]
 
-    def fingerprint(self) -> str:
-        from modelmill.components.data.huggingface import fingerprint_dataset
-
-        return fingerprint_dataset(self, PARAMETER)
-
-
-class PairObjects(PairSource):
+class PairObjects(S3Objects, PairSource):
     """Objects below an S3 prefix (or one object): jsonl and parquet, plain, `.gz` or `.zst`."""
-
-    type: Literal["s3"]
-    uri: str = Field(description="s3://bucket/prefix or s3://bucket/key.")
-    endpoint_url: str | None = Field(
-        default=None, pattern=r"^https?://[^@\s]+$", description="Endpoint of an S3-compatible store; null means AWS."
-    )
-
-    @property
-    def label(self) -> str:
-        return self.uri
-
-    def fingerprint(self) -> str:
-        from modelmill.components.data.s3 import fingerprint_objects
-
-        split_s3(self.uri, parameter=f"{PARAMETER}.uri")
-        return fingerprint_objects(self.uri, self.endpoint_url, PARAMETER)
 
 
 RecordSource = PairFiles | PairDataset | PairObjects
@@ -104,7 +75,7 @@ AnySource = Annotated[
 ]
 
 
-class PairsConfig(Section):
+class PairsConfig(SourcesConfig):
     """Which pairs of texts belong together, and what is held out."""
 
     source: list[AnySource] = Field(min_length=1, description="One source of pairs, or several.")
@@ -119,25 +90,10 @@ class PairsConfig(Section):
         default=0, ge=0, description="Records that may be dropped because something is wrong with them."
     )
 
-    @field_validator("source", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return value if isinstance(value, (list, tuple)) else [value]
-
     @model_validator(mode="after")
     def _leaves_training(self) -> Self:
-        if self.validation_fraction + self.test_fraction >= 1:
-            held_out = f"{self.validation_fraction} + {self.test_fraction}"
-            raise ValueError(f"validation_fraction + test_fraction: {held_out} leaves nothing to train on; lower them")
+        check_held_out(self.validation_fraction, self.test_fraction)
         return self
-
-    def fingerprint(self) -> str:
-        """State of what the sources read: versions, or names, sizes and times.
-
-        Raises:
-            UserError: something cannot be found or listed.
-        """
-        return ";".join(f"{source.type}:{source.fingerprint()}" for source in self.source)
 
 
 class EmbeddingTrainingConfig(Section):

@@ -17,7 +17,7 @@ from modelmill.components.data.files import DocumentFormat, SourceFile, list_fil
 from modelmill.components.data.formats import read_records
 from modelmill.components.data.huggingface import read_rows
 from modelmill.components.data.instruction_config import CompletionRecords
-from modelmill.components.data.sources import fetch_objects
+from modelmill.components.data.sources import open_files
 from modelmill.components.embedding.config import PARAMETER, PairDataset, PairFields, PairFiles, RecordSource
 
 _LIST = DocumentFormat("json", "")
@@ -63,14 +63,13 @@ def read_pair_records(source: RecordSource, scratch: Path) -> Generator[tuple[st
         UserError: something cannot be found or read; the message names the file and the place in it.
     """
     if isinstance(source, PairDataset):
-        for number, row in enumerate(read_rows(source, PARAMETER)):
+        for number, row in enumerate(read_rows(source)):
             yield f"{source.name} row {number}", row
         return
     if isinstance(source, PairFiles):
         files = [(entry.path, str(entry.path), entry.format) for entry in pair_files(source.paths)]
     else:
-        objects = fetch_objects(source.uri, source.endpoint_url, scratch, PARAMETER)
-        files = (entry for entry in objects if entry[2].kind != "plain")  # type: ignore[assignment]
+        files = (entry for entry in open_files(source, scratch) if entry[2].kind != "plain")  # type: ignore[assignment]
     for path, name, kind in files:
         if kind.kind == "json":
             yield from _listed(path, name)

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.recipe import Section
-from modelmill.components.core.uri import is_remote, local_path, split_s3
+from modelmill.components.core.uri import S3Endpoint, is_remote, local_path, split_s3
 
 
 class DriftConfig(Section):
@@ -47,9 +47,7 @@ class ArchiveConfig(Section):
         min_length=1,
         description="Folder or s3://bucket/prefix; null: forecasts/<registered model> in the home of the runs.",
     )
-    endpoint_url: str | None = Field(
-        default=None, pattern=r"^https?://[^@\s]+$", description="Endpoint of an S3-compatible store; null means AWS."
-    )
+    endpoint_url: S3Endpoint = None
 
     @field_validator("uri")
     @classmethod

@@ -12,13 +12,12 @@ import numpy as np
 
 from modelmill.components.core import events, tracking
 from modelmill.components.core.step import StepResult
-from modelmill.components.data.files import TABLE_FORMATS, list_files
-from modelmill.components.data.sources import fetch_objects
+from modelmill.components.data.sources import open_files
 from modelmill.components.forecasting.frequency import Frequency
 from modelmill.components.forecasting.packaged_series import read_packaged
 from modelmill.components.forecasting.raw_series import RawSeries, concatenate, read_table
 from modelmill.components.forecasting.regular_series import RegularSeries, make_regular
-from modelmill.components.forecasting.series_config import PARAMETER, FileSeries, S3Series, SeriesConfig
+from modelmill.components.forecasting.series_config import PackagedSeries, SeriesConfig
 from modelmill.components.forecasting.series_report import HTML, MARKDOWN, TABLE, frequency_counts, write_report
 from modelmill.components.forecasting.series_table import FILE, SeriesTable, SeriesWriter
 
@@ -89,16 +88,12 @@ def prepare_series(config: SeriesConfig, output: Path) -> StepResult:
 def _tables(config: SeriesConfig, scratch: Path) -> Iterator[RawSeries]:
     for source in config.source:
         logger.info("reading %s", source.label)
-        if isinstance(source, FileSeries):
-            for entry in list_files(source.paths, parameter=f"{PARAMETER}.paths", formats=TABLE_FORMATS):
-                yield read_table(entry.path, str(entry.path), entry.format, source, config.timezone)
-        elif isinstance(source, S3Series):
-            objects = fetch_objects(source.uri, source.endpoint_url, scratch, PARAMETER, TABLE_FORMATS)
-            for path, name, kind in objects:
-                yield read_table(path, name, kind, source, config.timezone)
-        else:
+        if isinstance(source, PackagedSeries):
             for name in source.names:
                 yield read_packaged(name)
+            continue
+        for path, place, kind in open_files(source, scratch):
+            yield read_table(path, place, kind, source, config.timezone)
 
 
 def _season_length(config: SeriesConfig, frequency: Frequency) -> int:

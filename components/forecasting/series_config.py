@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import date, datetime, time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.recipe import Section
-from modelmill.components.core.uri import split_s3
+from modelmill.components.data.files import TABLE_FORMATS, Formats
+from modelmill.components.data.source_config import DataSource, LocalFiles, S3Objects, SourcesConfig
 from modelmill.components.forecasting.frequency import parse_frequency
 
 PARAMETER = "series.source"
@@ -26,9 +27,11 @@ PackagedName = Literal[
 ]
 
 
-class LongTable(Section):
+class LongTable(DataSource):
     """What the columns of a long table are: one row a point, the items one below the other, in any order."""
 
+    parameter: ClassVar[str] = PARAMETER
+    formats: ClassVar[Formats] = TABLE_FORMATS
     item_id: str | None = Field(
         default="item_id", min_length=1, description="Column with the item; null: the table is a single series."
     )
@@ -61,41 +64,12 @@ class LongTable(Section):
         return [*names, self.timestamp, self.target, *self.past_covariates, *self.known_covariates]
 
 
-class FileSeries(LongTable):
+class FileSeries(LocalFiles, LongTable):
     """Local files or folders: `.csv` and `.parquet`, plain, `.gz` or `.zst`; several are parts of one table."""
 
-    type: Literal["files"]
-    paths: list[str] = Field(min_length=1, description="Files or folders, relative to the working directory.")
 
-    @property
-    def label(self) -> str:
-        return ", ".join(self.paths)
-
-    def fingerprint(self) -> str:
-        from modelmill.components.data.files import TABLE_FORMATS, fingerprint_files
-
-        return fingerprint_files(self.paths, parameter=f"{PARAMETER}.paths", formats=TABLE_FORMATS)
-
-
-class S3Series(LongTable):
+class S3Series(S3Objects, LongTable):
     """Objects below an S3 prefix (or one object), of the same formats as local files."""
-
-    type: Literal["s3"]
-    uri: str = Field(description="s3://bucket/prefix or s3://bucket/key.")
-    endpoint_url: str | None = Field(
-        default=None, pattern=r"^https?://[^@\s]+$", description="Endpoint of an S3-compatible store; null means AWS."
-    )
-
-    @property
-    def label(self) -> str:
-        return self.uri
-
-    def fingerprint(self) -> str:
-        from modelmill.components.data.files import TABLE_FORMATS
-        from modelmill.components.data.s3 import fingerprint_objects
-
-        split_s3(self.uri, parameter=f"{PARAMETER}.uri")
-        return fingerprint_objects(self.uri, self.endpoint_url, PARAMETER, TABLE_FORMATS)
 
 
 class PackagedSeries(Section):
@@ -124,7 +98,7 @@ class PackagedSeries(Section):
 SeriesSource = Annotated[FileSeries | S3Series | PackagedSeries, Field(discriminator="type")]
 
 
-class SeriesConfig(Section):
+class SeriesConfig(SourcesConfig):
     """Which series there are, what is done about their faults, and how much is held back for the backtest."""
 
     source: list[SeriesSource] = Field(min_length=1, description="One source or several with equal covariates.")
@@ -169,11 +143,6 @@ class SeriesConfig(Section):
     constant: Literal["keep", "refuse", "drop"] = Field(
         default="keep", description="Series that never change; errors scaled by their changes are undefined."
     )
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return value if isinstance(value, (list, tuple)) else [value]
 
     @field_validator("as_of", mode="before")
     @classmethod
@@ -228,14 +197,6 @@ class SeriesConfig(Section):
             return None
         moment = datetime.fromisoformat(self.as_of)
         return datetime.combine(moment, time.max) if len(self.as_of) <= len("2024-01-31") else moment
-
-    def fingerprint(self) -> str:
-        """State of what the sources read: versions, or names, sizes and times.
-
-        Raises:
-            UserError: a source cannot be found or listed.
-        """
-        return ";".join(f"{source.type}:{source.fingerprint()}" for source in self.source)
 
 
 def _frequency(alias: str) -> str:

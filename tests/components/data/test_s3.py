@@ -12,7 +12,7 @@ import pytest
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.data import s3
-from modelmill.components.data.config import CorpusConfig
+from modelmill.components.data.config import CorpusConfig, S3Source
 from modelmill.components.data.corpus import ingest_corpus
 from tests.components.data.conftest import Produce
 from tests.components.data.test_corpus import everything, sentence
@@ -116,14 +116,15 @@ def test_no_server() -> None:
 
 
 def test_an_object_that_changes_between_listing_and_reading(server: str, client: Any, tmp_path: Any) -> None:
-    uri = f"s3://{BUCKET}/corpus/a.jsonl"
-    [entry] = s3.list_objects(uri, server)
+    [source] = config(server, f"s3://{BUCKET}/corpus/a.jsonl").source
+    assert isinstance(source, S3Source)
+    [entry] = s3.list_objects(source)
     client.put_object(Bucket=BUCKET, Key="corpus/a.jsonl", Body="other content")
     with pytest.raises(UserError, match=r"changed while it was read|arrived; run again"):
-        s3.download(uri, server, entry, tmp_path / "object")
+        s3.download(source, entry, tmp_path / "object")
     client.delete_object(Bucket=BUCKET, Key="corpus/a.jsonl")
     with pytest.raises(UserError, match="the object is gone"):
-        s3.download(uri, server, entry, tmp_path / "object")
+        s3.download(source, entry, tmp_path / "object")
 
 
 def test_damage_is_named_by_key(server: str, client: Any, produce: Produce) -> None:
