@@ -10,6 +10,7 @@ from typing import Any
 
 import boto3
 import botocore.loaders
+import botocore.session
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -41,7 +42,7 @@ def aws(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SageMakerServi
     """A SageMaker without anything in it; real clients of this process and its children find it and S3."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(botocore.loaders, "create_loader", lambda *_: _LOADER)
+    monkeypatch.setattr(botocore.session, "create_loader", lambda *_: _LOADER)
     with SageMakerServer() as server:
         variables = {
             "AWS_ACCESS_KEY_ID": "test",
