@@ -28,6 +28,16 @@ def run_directory() -> Path | None:
     return Path(value) if value else None
 
 
+def task_name(step: str, number: int | None = None) -> str:
+    """Name of a step's task: the step's own, or `search_worker-2` of one among several of a loop."""
+    return step if number is None else f"{step}-{number}"
+
+
+def step_of(task: str) -> str:
+    """Step of a task, by the task's name; a step's name has no dash."""
+    return task.partition("-")[0]
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON record to a file.
 
@@ -75,7 +85,7 @@ def emit(event: str, *, step: str | None = None, **fields: Any) -> None:
 
     Args:
         event: `started`, `progress`, `reused`, `finished` or `failed`.
-        step: the step's name; default the one this process runs.
+        step: the task's name; default the one this process runs.
         fields: anything JSON can hold.
     """
     folder = run_directory()

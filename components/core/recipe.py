@@ -6,7 +6,7 @@ puts sections together (`pipelines/recipes/`). Here is what they share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.events import task_name
 from modelmill.components.core.manifest import json_digest
 from modelmill.components.core.presets import Presets, check, suggest
 
@@ -42,6 +43,10 @@ class Recipe(Section):
     def steps(self) -> list[PlannedStep]:
         """The pipeline's steps in the order they run; every recipe type lists its own."""
         raise NotImplementedError(f"{type(self).__name__} lists no steps")
+
+    def tasks(self) -> list[str]:
+        """Names under which the steps report: one a step, or one for each task of a loop."""
+        return [task for step in self.steps() for task in step.tasks]
 
     def headline(self) -> list[str]:
         """`step.metric` names that sum up a run, best first; without any, every metric is shown."""
@@ -74,12 +79,20 @@ class PlannedStep:
         config: the step's own section.
         function: `module:name` of the step function, not imported until the step runs.
         needs: parameter of the function -> name of the upstream step whose manifest it receives.
+        parallel: tasks of the loop that runs it, numbered from 0; None outside a loop.
     """
 
     name: str
     config: BaseModel
     function: str
     needs: Mapping[str, str] = field(default_factory=dict)
+    parallel: int | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of its tasks."""
+        numbers: Iterable[int | None] = [None] if self.parallel is None else range(self.parallel)
+        return [task_name(self.name, number) for number in numbers]
 
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)

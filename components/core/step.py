@@ -31,7 +31,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modelmill.components.core import events, pod, tracking
+from modelmill.components.core import events, pod, replay, tracking
 from modelmill.components.core.code import code_digest, source_digest
 from modelmill.components.core.errors import UserError, disk_error
 from modelmill.components.core.home import Home
@@ -138,6 +138,7 @@ def run_step(
     inputs: Mapping[str, str],
     outputs: Mapping[str, str],
     values: Mapping[str, Any] | None = None,
+    number: int | None = None,
 ) -> Manifest:
     """Run one step: what every KFP shell calls.
 
@@ -147,11 +148,13 @@ def run_step(
         inputs: parameter name to path of an upstream manifest.
         outputs: `manifest` and file names inside the artifact, each to the path KFP wants a copy at.
         values: parameters that only the engine knows, such as how the steps before ended; part of the output's key.
+        number: of this task where a loop of the pipeline runs the step several times; it then has events, a log and
+            tracking points of its own, under `events.task_name`.
 
     Exits the process with code 2 after one line on a user's mistake, so that no traceback hides it.
     """
     record = json.loads(section_json)
-    name = record["step"]
+    name = events.task_name(record["step"], number)
     os.environ[events.STEP_VARIABLE] = name
     with pod.entered(name, values or {}), _log_file(name) as console, _explained(console):
         began = time.monotonic()
@@ -159,7 +162,8 @@ def run_step(
         pod.check_code(function.__module__, record["code"])
         run = events.run_directory()
         tracking.record("start", run=run.name if run else "")
-        manifest, reused = _produce(function, name, section_json, record, inputs, values or {})
+        reusable = _may_reuse(name, options_of(function))
+        manifest, reused = _produce(function, section_json, record, inputs, values or {}, reusable)
         _hand_over(manifest, outputs)
         tracking.record("end", status="FINISHED")
         summary: dict[str, Any] = {"counts": manifest.counts, "metrics": manifest.metrics, "uri": manifest.uri}
@@ -169,29 +173,28 @@ def run_step(
 
 def _produce(
     function: StepFunction,
-    name: str,
     section_json: str,
     record: dict[str, Any],
     inputs: Mapping[str, str],
     values: Mapping[str, Any],
+    reusable: bool,
 ) -> tuple[Manifest, bool]:
     upstream = {parameter: Manifest.read(path) for parameter, path in inputs.items()}
     config = _config_type(function).model_validate(record["config"])
     key = output_key(section_json, _decided_at_run_time(record, config, upstream, values))
-    options, folder = options_of(function), Home.current().store
+    name, folder = record["step"], Home.current().store
     store, partial = open_store(folder), folder / name / f"{key}.partial"
     tracking.log_params(record["config"])
-    reusable = _may_reuse(name, options)
     with _exclusive(folder / name, key):
         done = store.find(name, key) if reusable else None
         if done is not None:
             logger.info("reusing %s", done.uri)
-            _replay(done, store.points(done))
+            replay.replay(done, store.points(done))
             return done, True
         waiting = _unpublished(partial) if reusable else None
         if waiting is not None:
             logger.info("publishing what an earlier attempt made")
-            _replay(waiting, partial / "tracking.jsonl")
+            replay.replay(waiting, partial / replay.POINTS)
             return store.publish(partial, waiting, replace=False), True
         store.check(name)
         made = _compute(function, config, {**upstream, **values}, partial, key, record)
@@ -249,7 +252,7 @@ def _compute(
         code=record["code"],
         recipe=os.environ.get(RECIPE_VARIABLE, ""),
     )
-    _copy_spool(partial)
+    replay.keep(partial)
     return manifest
 
 
@@ -262,38 +265,6 @@ def _unpublished(partial: Path) -> Manifest | None:
     except UserError:
         return None
     return manifest
-
-
-def _copy_spool(partial: Path) -> None:
-    """Keep the step's tracking points beside its output, so that a run that reuses it shows them too."""
-    spool = tracking.spool_path()
-    if spool is not None and spool.exists():
-        shutil.copyfile(spool, partial / "tracking.jsonl")
-
-
-def _replay(manifest: Manifest, kept: Path) -> None:
-    """Report a reused step's points as they were, at the times they were made, and name the run that made them.
-
-    Args:
-        manifest: of the step's output.
-        kept: file with the points.
-    """
-    data, made_in = Home.current().store / manifest.step / manifest.key / "data", f"{manifest.key}.partial/data/"
-    source, repeated = "", set[tracking.Point]()
-    for offset, line in events.read_lines(kept):
-        kind = line.pop("type", "")
-        if kind == "start":
-            source = line.get("run", source)
-            repeated = tracking.points_before(kept, offset)
-        elif kind == "metrics":
-            fresh = {n: v for n, v in line["values"].items() if (n, line["step"], v) not in repeated}
-            tracking.record(kind, **{**line, "values": fresh})
-        elif kind in ("params", "tags", "artifact", "dataset"):
-            if kind == "artifact":
-                _, mark, inside = line["path"].partition(made_in)
-                line["path"] = str(data / inside) if mark else line["path"]
-            tracking.record(kind, **line)
-    tracking.set_tags({"modelmill.reused": "true", "modelmill.reused_from": source, "modelmill.key": manifest.key})
 
 
 def _config_type(function: StepFunction) -> type[BaseModel]:

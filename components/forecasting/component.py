@@ -229,7 +229,8 @@ def search_worker(
     from modelmill.components.forecasting.search_chronos import search_worker as step
 
     inputs = {"series": series.path, "base": base.path}
-    run_step(step, section, inputs, {"manifest": manifest.path}, {"worker": int(worker)})  # loops make it a float
+    number = int(worker)  # loops make it a float
+    run_step(step, section, inputs, {"manifest": manifest.path}, {"worker": number}, number)
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelmill.components.core.events import append_line
+from modelmill.components.core.events import append_line, step_of
 from modelmill.pipelines.launch.runs import Run
 from modelmill.pipelines.launch.tracker import close_step
 from modelmill.pipelines.launch.watch import RunView, StepView
@@ -39,7 +39,7 @@ def blame(run: Run, view: RunView, *, driver: int = 0, cancelled: Cancellation |
     """
     task = _step_of(view.message, view) if view.fault == "step" else None
     for step in view.steps.values():
-        silent = step.state == "running" or (step.name == task and not step.settled)
+        silent = step.state == "running" or (step_of(step.name) == task and not step.settled)
         stopped = cancelled is not None and step.state == "failed" and (step.ended or 0.0) >= cancelled.time
         if not silent and not stopped:
             continue
@@ -64,11 +64,11 @@ def blame(run: Run, view: RunView, *, driver: int = 0, cancelled: Cancellation |
 
 def _step_of(task: str, view: RunView) -> str | None:
     """Step of a KFP task: the task is named as the step, with dashes."""
-    return next((name for name in view.steps if name.replace("_", "-") == task), None)
+    return next((name for name in map(step_of, view.steps) if name.replace("_", "-") == task), None)
 
 
 def _cause(run: Run, step: StepView) -> str:
-    ending = _ending(_exit_code(run.folder / "exits", step.name))
+    ending = _ending(_exit_code(run.folder / "exits", step_of(step.name)))
     if step.state == "running":
         return f"{ending}; see {run.log_path(step.name)}"
     return f"{ending} before it began: {last_words(run.folder / 'driver.log')}"

@@ -134,7 +134,7 @@ def run_local(
         recipe_hash=recipe.hash,
         dag=pipeline.dag,
         cwd=os.getcwd(),
-        steps=[step.name for step in recipe.steps()],
+        steps=recipe.tasks(),
         headline=recipe.headline(),
     )
     options = _Options(display or Silent(), grace, fresh, deliver)
@@ -179,7 +179,7 @@ def resume_local(
         recipe_hash=old.recipe_hash,
         dag=old.dag,
         cwd=old.cwd,
-        steps=old.steps,
+        steps=recipe.tasks(),
         headline=old.headline,
         resumed_from=old.run_id,
         finished_before=finished,

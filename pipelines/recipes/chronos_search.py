@@ -76,7 +76,7 @@ class ChronosSearchRecipe(Recipe):
                 f"{_FORECASTING}.train_chronos:train_chronos",
                 {"series": "synthesise_series"},
             ),
-            PlannedStep("search_worker", self.search, f"{search}:search_worker", given),
+            PlannedStep("search_worker", self.search, f"{search}:search_worker", given, _WORKERS),
             PlannedStep("select_trial", self.search, f"{search}:select_trial", {**given, "workers": "search_worker"}),
             PlannedStep("backtest_base", alone, backtest, {"model": "train_base", **series}),
             PlannedStep("backtest_tuned", self.backtest, backtest, {"model": "select_trial", **series}),

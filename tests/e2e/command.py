@@ -38,4 +38,4 @@ def last(work: Path, step: str) -> dict[str, Any]:
 
 def states(output: str) -> dict[str, str]:
     """State of every step as the summary at a run's end shows it."""
-    return dict(re.findall(r"^  (\w+) +(finished|reused|skipped|failed|waiting)\b", output, re.MULTILINE))
+    return dict(re.findall(r"^  ([\w-]+) +(finished|reused|skipped|failed|waiting)\b", output, re.MULTILINE))

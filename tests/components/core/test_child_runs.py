@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from modelmill.components.core import tracking
 from modelmill.components.core.delivery import deliver
 from modelmill.components.core.events import read_lines
 from modelmill.components.core.home import Home
+from modelmill.components.core.recipe import Section
+from modelmill.components.core.step import StepResult, run_step, section
 from tests.components.core.deliveries import MakeRun, client_of, runs_of
 
 
@@ -84,3 +87,57 @@ def test_a_killed_part_does_not_keep_a_delivery_open(
     assert deliver(run.path).complete
     found = client.search_runs(["0"], "tags.`modelmill.step` = 'search.trial-1'")
     assert [one.info.status for one in found] == ["KILLED"]
+
+
+class SearchConfig(Section):
+    """A section."""
+
+
+def search(config: SearchConfig, output: Path) -> StepResult:
+    """A step of two parts that report the same value; the second reports a part of its own once more."""
+    for number, status in ((1, "FINISHED"), (2, "KILLED")):
+        (output / f"{number}.txt").write_text("kept")
+        with tracking.child(f"trial-{number}") as part:
+            part.status = status
+            tracking.log_params({"trial": number})
+            tracking.log_metrics({"loss": 1.0}, step=3)
+            tracking.log_artifact(output / f"{number}.txt")
+            gone = output.parent / "gone.txt"
+            gone.write_text("cleared with the step's scratch")
+            tracking.log_artifact(gone)
+    with tracking.child("trial-2"):  # as a step does that goes on from a checkpoint
+        tracking.log_metrics({"loss": 1.0}, step=3)
+        tracking.log_metrics({"loss": 0.5}, step=4)
+    return StepResult("model")
+
+
+def test_a_reused_step_has_its_parts_below_it(store_home: Home, make_run: MakeRun) -> None:
+    text = section("search", SearchConfig(), search)
+    for name in ("run-a", "run-b"):
+        run = make_run(store_home, name)
+        run.begin()
+        run.enter()
+        manifest = run_step(search, text, {}, {}, number=1)
+        run.end()
+    first, second = (
+        [record for _, record in read_lines(store_home.runs / name / "spool" / "search-1.trial-2.jsonl")]
+        for name in ("run-a", "run-b")
+    )
+    points = [record for record in second if record["type"] == "metrics" and record["values"]]
+    assert [(record["values"], record["step"]) for record in points] == [({"loss": 1.0}, 3), ({"loss": 0.5}, 4)]
+    assert [record["time"] for record in second if record["type"] == "start"] == [
+        record["time"] for record in first if record["type"] == "start"
+    ]
+    report = deliver(run.path)
+    assert (report.complete, report.warnings) == (True, [])
+    client = client_of(store_home)
+    nested = runs_of(client, "run-b")[1]
+    assert sorted(nested) == ["search-1", "search-1.trial-1", "search-1.trial-2"]
+    parent, trial, other = (nested[name][0] for name in sorted(nested))
+    assert {trial.data.tags["mlflow.parentRunId"], other.data.tags["mlflow.parentRunId"]} == {parent.info.run_id}
+    assert (trial.info.run_name, trial.data.params, trial.data.metrics) == ("trial-1", {"trial": "1"}, {"loss": 1.0})
+    assert trial.data.tags["modelmill.reused_from"] == parent.data.tags["modelmill.reused_from"] == "run-a"
+    assert trial.data.tags["modelmill.key"] == manifest.key
+    assert [file.path for file in client.list_artifacts(trial.info.run_id)] == ["1.txt"]
+    assert (trial.info.status, other.data.metrics) == ("FINISHED", {"loss": 0.5})
+    assert not parent.data.metrics
