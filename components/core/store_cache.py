@@ -6,6 +6,7 @@ Below `$MODELMILL_CACHE`, or `cache/` in the home, every artifact has a folder n
 <id>/part/...    downloads under way
 <id>.lock        held shared by every process that uses the artifact, until it ends; its time tells the last use
 <id>.fetch       held by the process that downloads a file of it
+count            how much all of it is, see `store_room`
 
 What is in use is never dropped: files are mapped, and a rank may open its own long after its launcher has looked.
 """
@@ -28,6 +29,7 @@ from typing import IO, Any
 from modelmill.components.core import events, s3
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.home import Home
+from modelmill.components.core.store_room import Room
 from modelmill.components.core.uri import split_s3
 from modelmill.components.core.verified import file_digest, problem_of, remember
 
@@ -36,7 +38,6 @@ LIMIT_VARIABLE = "MODELMILL_CACHE_GB"  # what it may hold beside what is in use
 ENDPOINT_VARIABLE = "MODELMILL_STORE_ENDPOINT"  # of an S3-compatible store; else AWS, or what AWS's variables name
 _LAUNCHER_VARIABLE = "MODELMILL_LAUNCHER"  # set where a step starts training processes on other machines
 _DEFAULT_GB = 100.0
-_SPARE = 64 << 20  # bytes of the disk that stay free
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger("modelmill")
 _guard = threading.Lock()
@@ -113,19 +114,22 @@ class Cache:
             folder: its files; gone afterwards.
             files: their digests, taken when the manifest was made.
         """
-        target = self.folder(uri)
+        target, copies = self.folder(uri), list(files)
         try:
             self._hold(uri)
             with self._lock(uri, "fetch"):
                 if not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    _move(folder, target)
-                    for file in files:
+                    with self._room.reserved(target.parent, sum(file.bytes for file in copies), needed=0) as part:
+                        _move(folder, target, part / "data")
+                    for file in copies:
                         remember(target / file.path, file.sha256)
-            self._make_room(0, uri)
         except OSError as error:  # it is safe in S3; whoever needs it here fetches it
             logger.warning("%s is not kept in %s (%s)", uri, self.root, error)
         shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _room(self) -> Room:
+        return Room(self.root, self.limit)
 
     def _entry(self, uri: str) -> Path:
         return self.root / hashlib.sha256(uri.encode()).hexdigest()[:32]
@@ -160,42 +164,18 @@ class Cache:
             ) from None
 
     def _download(self, uri: str, file: RemoteFile, target: Path, kind: str) -> None:
-        self._make_room(file.bytes, uri)
-        part = self._entry(uri) / "part" / file.sha256
-        shutil.rmtree(part.parent, ignore_errors=True)  # of a process that was killed; we hold the lock
-        part.parent.mkdir(parents=True)
         name, endpoint = f"{uri}/{file.path}", os.environ.get(ENDPOINT_VARIABLE) or None
         bucket, key = split_s3(name, parameter=kind)
-        if file.bytes > 100_000_000:
-            events.progress(f"fetching {file.path} ({file.bytes / 1e9:.1f} GB)")
-        try:
-            client = s3.s3_client(endpoint, kind)
+        with self._room.reserved(self._entry(uri), file.bytes, needed=file.bytes) as folder:
+            if file.bytes > 100_000_000:
+                events.progress(f"fetching {file.path} ({file.bytes / 1e9:.1f} GB)")
+            part, client = folder / file.sha256, s3.s3_client(endpoint, kind)
             with s3.explained(name, endpoint, kind):
                 s3.download(client, bucket, key, part)
             _refuse_other_bytes(part, file, name, kind)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(part, target)
-            remember(target, file.sha256)
-        finally:
-            shutil.rmtree(part.parent, ignore_errors=True)
-
-    def _make_room(self, size: int, uri: str) -> None:
-        """Drop what was used longest ago and is not in use, until `size` more bytes fit in the limit and on the disk.
-
-        The limit gives way where everything is in use; the disk cannot.
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        entries = [path for path in self.root.iterdir() if path.is_dir()]
-        sizes = {path: _size(path) for path in entries}
-        free = shutil.disk_usage(self.root).free
-        excess = max(sum(sizes.values()) + size - self.limit, size + _SPARE - free)
-        for entry in sorted(entries, key=_last_use):
-            if excess <= 0:
-                return
-            if _drop(entry):
-                excess -= sizes[entry]
-        if size > (free := shutil.disk_usage(self.root).free):
-            raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed for {uri}")
+        remember(target, file.sha256)
 
 
 def release() -> None:
@@ -218,42 +198,12 @@ def _refuse_other_bytes(part: Path, file: RemoteFile, name: str, kind: str) -> N
         )
 
 
-def _move(folder: Path, target: Path) -> None:
+def _move(folder: Path, target: Path, part: Path) -> None:
+    """Rename a folder, or copy it to `part` first where that lies on another disk."""
     try:
         os.rename(folder, target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        part = target.parent / "part"
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            shutil.copytree(folder, part)
-            os.rename(part, target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # another process drops it, or publishes it
-            total += path.lstat().st_size if path.is_file() else 0
-    return total
-
-
-def _last_use(entry: Path) -> float:
-    try:
-        return entry.with_suffix(".lock").stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _drop(entry: Path) -> bool:
-    """Remove an artifact that nobody uses."""
-    with entry.with_suffix(".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        shutil.rmtree(entry, ignore_errors=True)
-        return True
+        shutil.copytree(folder, part)
+        os.rename(part, target)
