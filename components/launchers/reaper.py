@@ -3,7 +3,8 @@
 A TrainJob outlives its launcher, so that an evicted or retried one finds it again. When nobody comes back (the run was
 cancelled in the user interface, failed for good, or was deleted), it would hold its nodes for ever. The reaper asks
 Kubeflow Pipelines about the run in the label `modelmill.dev/run` of each of our jobs and deletes those whose run has
-been over for longer than a grace period. Whatever it cannot find out for certain, it leaves alone.
+been over for longer than a grace period. Whatever it cannot find out for certain, it leaves alone. With
+`--sagemaker-owner` it does the same for training jobs and endpoints in SageMaker (`reaper_sagemaker.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from modelmill.components.core.aws import aws_trouble, client, open_session
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.sagemaker import checked_owner
+from modelmill.components.launchers import reaper_sagemaker
 from modelmill.components.launchers.kubernetes_client import Cluster, ConflictError
+from modelmill.components.launchers.reaper_verdict import GONE, StateOf, verdict
 from modelmill.components.launchers.trainjob_render import (
     ADOPTED_ANNOTATION,
     MANAGED_BY,
@@ -31,7 +36,6 @@ from modelmill.components.launchers.trainjob_render import (
 
 ENDPOINT_VARIABLE = "KF_PIPELINES_ENDPOINT"
 TOKEN_PATH_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
-_OVER = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 _TIMEOUT = 30  # seconds
 Json = dict[str, Any]
 
@@ -60,7 +64,7 @@ def delete_jobs_of(cluster: Cluster, run_id: str) -> list[str]:
 
 def reap(
     cluster: Cluster,
-    state_of: Callable[[str], tuple[str, datetime | None]],
+    state_of: StateOf,
     *,
     grace: timedelta,
     dry_run: bool,
@@ -71,8 +75,7 @@ def reap(
 
     Args:
         cluster: the namespace.
-        state_of: (state, end) of a run by its id: KFP's name of the state, or `GONE`; raises OSError or ValueError
-            when it cannot be found out.
+        state_of: (state, end) of a run by its id, see `reaper_verdict.verdict`.
         grace: how long a run must have been over, and a job have had its owner, before the job is deleted.
         dry_run: only say what would be done.
         now: the time, with its zone.
@@ -84,8 +87,8 @@ def reap(
     removed = []
     for job in cluster.jobs(f"{MANAGED_BY_LABEL}={MANAGED_BY}"):
         meta = job["metadata"]
-        name, run_id = meta["name"], meta.get("labels", {}).get(RUN_LABEL, "")
-        reason, orphan = _verdict(meta, run_id, state_of, grace, now)
+        name = meta["name"]
+        reason, orphan = _verdict(meta, state_of, grace, now)
         if orphan and not dry_run:
             try:
                 # Unchanged since it was read: a resumed run may have taken it over in this moment.
@@ -97,26 +100,12 @@ def reap(
     return removed
 
 
-def _verdict(
-    meta: Json, run_id: str, state_of: Callable[[str], tuple[str, datetime | None]], grace: timedelta, now: datetime
-) -> tuple[str, bool]:
+def _verdict(meta: Json, state_of: StateOf, grace: timedelta, now: datetime) -> tuple[str, bool]:
     """Why a job stays or goes, and whether it goes."""
-    if not run_id:
-        return "belongs to no run of Kubeflow Pipelines", False
     if meta.get("deletionTimestamp"):
         return "is being deleted", False
-    try:
-        state, ended = state_of(run_id)
-    except (OSError, ValueError) as error:
-        return f"the state of run {run_id} is not known ({error})", False
-    if state not in _OVER | {"GONE"}:
-        return f"run {run_id} is {state}", False
-    owned = meta.get("annotations", {}).get(ADOPTED_ANNOTATION) or meta["creationTimestamp"]
-    since = max(time for time in (ended, datetime.fromisoformat(owned)) if time is not None)
-    age = now - since
-    if age < grace:
-        return f"run {run_id} is {state}, for {age.total_seconds() / 60:.0f} minutes only", False
-    return f"run {run_id} is {state} since {since.isoformat(timespec='seconds')}", True
+    owned = datetime.fromisoformat(meta.get("annotations", {}).get(ADOPTED_ANNOTATION) or meta["creationTimestamp"])
+    return verdict(meta.get("labels", {}).get(RUN_LABEL, ""), owned, state_of, grace=grace, now=now)
 
 
 class PipelinesApi:
@@ -146,7 +135,7 @@ class PipelinesApi:
                 run = json.loads(answer.read())
         except urllib.error.HTTPError as error:
             if error.code == 404 and _speaks_pipelines(error):
-                return "GONE", None
+                return GONE, None
             raise
         if run.get("run_id") != run_id or not run.get("state"):
             raise ValueError("the answer is not that run")
@@ -166,25 +155,56 @@ def _speaks_pipelines(error: urllib.error.HTTPError) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Look once; returns 0, or 2 after one line on what is missing."""
+    """Look once; returns 0, or 2 after one line on what is missing or went wrong."""
     parser = argparse.ArgumentParser(prog="reaper", description="Delete training jobs that no live run owns.")
     parser.add_argument("--namespace", required=True, help="namespace of the training jobs")
     parser.add_argument("--grace-minutes", type=float, default=60.0, help="how long a run must have been over")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    parser.add_argument(
+        "--sagemaker-owner",
+        metavar="OWNER",
+        help="look at SageMaker too: stop the training jobs and delete the endpoints that carry this MODELMILL_OWNER",
+    )
+    parser.add_argument("--sagemaker-region", metavar="REGION", help="AWS region; default that of the environment")
     options = parser.parse_args(arguments)
     try:
-        endpoint = os.environ.get(ENDPOINT_VARIABLE)
-        if not endpoint:
-            raise UserError(f"{ENDPOINT_VARIABLE}: not set; name the API of Kubeflow Pipelines")
-        token = os.environ.get(TOKEN_PATH_VARIABLE)
-        api = PipelinesApi(endpoint, Path(token) if token else None)
-        grace = timedelta(minutes=options.grace_minutes)
-        cluster = Cluster.connect(options.namespace)
-        reap(cluster, api.state_of, grace=grace, dry_run=options.dry_run, now=datetime.now(UTC))
+        state_of = _pipelines().state_of
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
+    looks = [_look_at_cluster] + ([_look_at_sagemaker] if options.sagemaker_owner is not None else [])
+    code = 0
+    for look in looks:
+        try:
+            look(options, state_of)
+        except UserError as error:  # what is wrong with one place does not spare the other
+            print(error, file=sys.stderr)
+            code = 2
+    return code
+
+
+def _look_at_cluster(options: argparse.Namespace, state_of: StateOf) -> None:
+    cluster, grace = Cluster.connect(options.namespace), timedelta(minutes=options.grace_minutes)
+    reap(cluster, state_of, grace=grace, dry_run=options.dry_run, now=datetime.now(UTC))
+
+
+def _look_at_sagemaker(options: argparse.Namespace, state_of: StateOf) -> None:
+    owner, grace = (
+        checked_owner(options.sagemaker_owner, "--sagemaker-owner"),
+        timedelta(minutes=options.grace_minutes),
+    )
+    with aws_trouble("sagemaker"):
+        sagemaker = client(open_session(options.sagemaker_region, "sagemaker"), "sagemaker")
+        now = datetime.now(UTC)
+        reaper_sagemaker.reap(sagemaker, owner, state_of, grace=grace, dry_run=options.dry_run, now=now)
+
+
+def _pipelines() -> PipelinesApi:
+    endpoint = os.environ.get(ENDPOINT_VARIABLE)
+    if not endpoint:
+        raise UserError(f"{ENDPOINT_VARIABLE}: not set; name the API of Kubeflow Pipelines")
+    token = os.environ.get(TOKEN_PATH_VARIABLE)
+    return PipelinesApi(endpoint, Path(token) if token else None)
 
 
 if __name__ == "__main__":

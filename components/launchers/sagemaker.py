@@ -16,12 +16,14 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from modelmill.components.core import events, tracking
 from modelmill.components.core.aws import aws_trouble, client, error_code, is_missing, open_session
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.sagemaker import ADOPTED_TAG, RUN_TAG, owner_tags
 from modelmill.components.launchers.sagemaker_config import SageMakerConfig
 from modelmill.components.launchers.sagemaker_ending import ending, in_words
 from modelmill.components.launchers.sagemaker_entry import JOB_FILE, REPORT, RESULT_FILE
@@ -29,7 +31,6 @@ from modelmill.components.launchers.sagemaker_files import JobFiles
 from modelmill.components.launchers.sagemaker_job import (
     JOB_CHANNEL,
     LAUNCH_TAG,
-    RUN_TAG,
     Launch,
     PortableSpec,
     training_request,
@@ -153,6 +154,7 @@ class _Training:
             self._create(name)
         else:
             logger.info("found the training job %s", name)
+            self._take_over(description)
         description = self._follow(name)
         if description["TrainingJobStatus"] == "Completed":
             return self._collect(name, description)
@@ -161,6 +163,17 @@ class _Training:
                 f"training was stopped by {self.stop.name} and its checkpoints are kept; run it again to go on"
             )
         raise ending(name, description, self.config)
+
+    def _take_over(self, description: Mapping[str, Any]) -> None:
+        """Say on a job that runs whose it is now: the reaper goes by that, and the run that started it may be over."""
+        run = os.environ.get(events.RUN_ID_VARIABLE)
+        if not run or description["TrainingJobStatus"] != "InProgress":
+            return
+        tags = {RUN_TAG: run, ADOPTED_TAG: datetime.now(UTC).isoformat(timespec="seconds"), **owner_tags()}
+        self.sagemaker.add_tags(
+            ResourceArn=description["TrainingJobArn"],
+            Tags=[{"Key": key, "Value": value} for key, value in tags.items()],
+        )
 
     def _newest(self) -> tuple[str, dict[str, Any] | None]:
         """The newest job of the launch and its description; none where no job was started yet."""
@@ -198,7 +211,8 @@ class _Training:
         channels[JOB_CHANNEL] = f"{self.launch.place}/job"
         self.files.write(f"{channels[JOB_CHANNEL]}/{JOB_FILE}", json.dumps(record).encode())
         self._unless_stopped()
-        tags = {LAUNCH_TAG: self.launch.identity, RUN_TAG: os.environ.get(events.RUN_ID_VARIABLE, "")}
+        run = os.environ.get(events.RUN_ID_VARIABLE, "")
+        tags = {LAUNCH_TAG: self.launch.identity, RUN_TAG: run, **owner_tags()}
         request = training_request(name, self.launch, self.config, channels, tags)
         try:
             self.sagemaker.create_training_job(**request)

@@ -23,7 +23,7 @@ from modelmill.components.training.launch import TrainingJob
 INPUT, OUTPUT = "input://", "output://"
 JOB_CHANNEL = "job"
 ENTRY = "modelmill.components.launchers.sagemaker_entry"
-LAUNCH_TAG, RUN_TAG = "modelmill:launch", "modelmill:run"
+LAUNCH_TAG = "modelmill:launch"
 CHECKPOINTS = "/opt/ml/checkpoints"
 _LABELS = ("name",)  # how people call a thing; may look like a path and is never opened
 _CHANNELS = 20  # that a job may have

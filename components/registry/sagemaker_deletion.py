@@ -20,9 +20,10 @@ from typing import Any
 from modelmill.components.core import events, tracking
 from modelmill.components.core.aws import aws_trouble, client, error_code, is_missing, open_session
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.sagemaker import EXPIRES_TAG, RUN_TAG, delete, listed, tags_of
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.registry.sagemaker_endpoint_config import EndpointConfig
-from modelmill.components.registry.sagemaker_names import EXPIRES_TAG, RUN_TAG, current_run
+from modelmill.components.registry.sagemaker_names import current_run
 
 _PARAMETER = "endpoint"
 _POLL_SECONDS = 5.0
@@ -129,9 +130,8 @@ def _patiently(look: Callable[[], list[tuple[str, str, str]]], deadline: float) 
 
 def _delete_one(sagemaker: Any, kind: str, name: str) -> bool:
     """Ask for a deletion; False where it must be asked for again."""
-    operation = {"Endpoint": "delete_endpoint", "EndpointConfig": "delete_endpoint_config", "Model": "delete_model"}
     try:
-        getattr(sagemaker, operation[kind])(**{f"{kind}Name": name})
+        delete(sagemaker, kind, name)
     except Exception as error:
         if is_missing(error):
             return True
@@ -149,20 +149,10 @@ def _of_run(sagemaker: Any, name: str, run: str) -> Iterator[tuple[str, str, str
 
 def _tagged(sagemaker: Any, name: str) -> Iterator[tuple[str, str, str, dict[str, str]]]:
     """Kind, name, ARN and tags of endpoints, configurations and models; what is gone meanwhile is left out."""
-    listings = {"Endpoint": "list_endpoints", "EndpointConfig": "list_endpoint_configs", "Model": "list_models"}
     for kind in _KINDS:
-        asked = {"NameContains": name} if name else {}
-        for page in sagemaker.get_paginator(listings[kind]).paginate(**asked):
-            for entry in page[f"{kind}s"]:
-                arn = str(entry[f"{kind}Arn"])
-                try:
-                    pages = sagemaker.get_paginator("list_tags").paginate(ResourceArn=arn)
-                    tags = {tag["Key"]: tag["Value"] for part in pages for tag in part["Tags"]}
-                except Exception as error:
-                    if not is_missing(error):
-                        raise
-                    continue
-                yield kind, str(entry[f"{kind}Name"]), arn, tags
+        for found in listed(sagemaker, kind, **({"NameContains": name} if name else {})):
+            if (tags := tags_of(sagemaker, found.arn)) is not None:
+                yield kind, found.name, found.arn, tags
 
 
 def main(arguments: list[str]) -> int:

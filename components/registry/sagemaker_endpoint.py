@@ -24,10 +24,11 @@ from modelmill.components.core import events, tracking
 from modelmill.components.core.aws import aws_trouble, client, error_code, is_missing, open_session
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
+from modelmill.components.core.sagemaker import EXPIRES_TAG, RUN_TAG, owner_tags
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.registry.sagemaker_deletion import delete_of_run
 from modelmill.components.registry.sagemaker_endpoint_config import EndpointConfig, InvokeConfig
-from modelmill.components.registry.sagemaker_names import EXPIRES_TAG, RUN_TAG, current_run
+from modelmill.components.registry.sagemaker_names import current_run
 from modelmill.components.registry.sagemaker_package import EXAMPLE
 from modelmill.components.registry.sagemaker_serving import CONTENT_TYPE
 
@@ -63,7 +64,8 @@ class Deployment:
 
     def tags(self) -> list[dict[str, str]]:
         expires = "never" if self.config.keep else str(int(time.time()) + 3600 * self.config.max_hours)
-        return [{"Key": RUN_TAG, "Value": self.run[:256]}, {"Key": EXPIRES_TAG, "Value": expires}]
+        tags = {RUN_TAG: self.run[:256], EXPIRES_TAG: expires, **owner_tags()}
+        return [{"Key": key, "Value": value} for key, value in tags.items()]
 
     def requests(self) -> list[tuple[str, dict[str, Any]]]:
         """Operations and their requests, in order."""

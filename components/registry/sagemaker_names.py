@@ -6,9 +6,6 @@ import os
 
 from modelmill.components.core import events
 
-RUN_TAG = "modelmill:run"
-EXPIRES_TAG = "modelmill:expires"  # seconds since the epoch, or `never` for what the recipe keeps
-
 
 def current_run() -> str:
     """Id of the run this step belongs to: the cluster's, the name of the run's folder, or `alone`."""

@@ -105,13 +105,14 @@ class Hosting(ModelPackages):
             del self.endpoints[name]  # the last time that it is seen
         fields = ("EndpointName", "EndpointArn", "EndpointStatus", "CreationTime", "LastModifiedTime")
         found = [self._endpoint(name, held, held["plan"][0]) for name, held in named.items()]
-        return {"Endpoints": [{key: each[key] for key in fields} for each in found]}
+        return self._page("Endpoints", [{key: each[key] for key in fields} for each in found], request)
 
     def _ListEndpointConfigs(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"EndpointConfigs": self._listed("EndpointConfig", "endpoint-config", self.endpoint_configs, request)}
+        found = self._listed("EndpointConfig", "endpoint-config", self.endpoint_configs, request)
+        return self._page("EndpointConfigs", found, request)
 
     def _ListModels(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"Models": self._listed("Model", "model", self.models, request)}
+        return self._page("Models", self._listed("Model", "model", self.models, request), request)
 
     @staticmethod
     def _listed(word: str, kind: str, held: dict[str, Any], request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -75,4 +75,4 @@ class ModelPackages(Tagged):
             for arn, package in self.packages.items()
             if package["ModelPackageGroupName"] == group
         ]
-        return {"ModelPackageSummaryList": found[::-1]}
+        return self._page("ModelPackageSummaryList", found[::-1], request)

@@ -99,6 +99,20 @@ class TrainingJobs(Tagged):
         self._advance(job)
         return answer
 
+    def _ListTrainingJobs(self, request: dict[str, Any]) -> dict[str, Any]:
+        wanted, part = request.get("StatusEquals"), request.get("NameContains", "")
+        found = [
+            {
+                "TrainingJobName": name,
+                "TrainingJobArn": arn_of("training-job", name),
+                "CreationTime": job.created,
+                "TrainingJobStatus": job.status,
+            }
+            for name, job in self.jobs.items()
+            if part in name and wanted in (None, job.status)
+        ]
+        return self._page("TrainingJobSummaries", found[::-1], request)  # the newest first
+
     def _StopTrainingJob(self, request: dict[str, Any]) -> dict[str, Any]:
         job = self._job(request["TrainingJobName"])
         if job.status in ("Completed", "Failed", "Stopped"):

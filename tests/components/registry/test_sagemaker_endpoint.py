@@ -61,6 +61,7 @@ class Run:
 
     def fresh(self) -> Path:
         self._patch.setenv("MODELMILL_RUN_ID", self.name)
+        self._patch.setenv("MODELMILL_OWNER", "team")
         self._made += 1
         path = self.folder / f"{self.name}-{self._made}" / "data"
         path.mkdir(parents=True)
@@ -108,7 +109,7 @@ def test_a_run_deploys_tries_and_deletes(run: Run, aws: SageMakerService) -> Non
     assert re.fullmatch(r"served-[0-9a-f]{12}", name)
     assert endpoint.metadata["endpoint"] == name
     assert aws.left() == [name] * 3
-    assert {tags["modelmill:run"] for tags in aws.tags.values()} == {"run-1"}
+    assert {(tags["modelmill:run"], tags["modelmill:owner"]) for tags in aws.tags.values()} == {("run-1", "team")}
     again = run.deploy()
     assert again.metadata == endpoint.metadata
     assert aws.left() == [name] * 3, "once"
