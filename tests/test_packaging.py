@@ -32,6 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(target.glob("modelmill-*.whl"))
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     sources = [*(ROOT / "components").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]
@@ -41,6 +42,7 @@ def test_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
     assert not any(name.startswith(("components/", "pipelines/", "tests/")) for name in held)
 
 
+@pytest.mark.slow
 def test_users_own_pipelines_folder_shadows_nothing(wheel: Path, tmp_path: Path) -> None:
     """Run the wheel, not the checkout, from a folder that holds a `pipelines` package of the user's own."""
     environment = tmp_path / "venv"

@@ -169,6 +169,7 @@ def test_compile_all_refuses_a_bad_pipeline_before_it_writes_it(tmp_path: Path) 
     assert "is a file; give a folder" in one_line(modelmill("compile", "words", "-o", str(tmp_path / "file")))
 
 
+@pytest.mark.slow
 def test_every_shipped_recipe_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MODELMILL_CATALOG")
     done = modelmill("compile", "--all", "-o", str(tmp_path))
@@ -223,6 +224,7 @@ def test_a_run_goes_on_when_its_reader_goes_away(home: Home) -> None:
     assert all_runs(home)[-1].state == "succeeded"
 
 
+@pytest.mark.slow
 def test_ui_names_an_occupied_port_and_serves_the_store(monkeypatch: pytest.MonkeyPatch, shared_store: str) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert "nothing to show" in one_line(modelmill("ui", "--no-browser"))
