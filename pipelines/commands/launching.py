@@ -122,21 +122,31 @@ def _see(run: Run, endpoint: Endpoint, wait: bool) -> None:
     print_table([(f"{program()} {command}", purpose) for command, purpose in commands.items()], indent=2)
 
 
-@click.command("resume", epilog="\b\nExamples:\n  modelmill resume latest\n  modelmill resume 20261121-1015")
+_RESUME_EXAMPLES = """\b
+Examples:
+  modelmill resume latest
+  modelmill resume 20261121-1015
+  modelmill resume 1f0c... --profile team-p5
+"""
+
+
+@click.command("resume", epilog=_RESUME_EXAMPLES)
 @click.argument("run", default="latest")
+@click.option("--profile", metavar="PROFILE", help="RUN is KFP's id of a run on this cluster, whoever started it.")
 @click.option("--wait/--detach", default=True, help="Show a run on a cluster until it ends, or only start it.")
 @_grace
-def resume_command(run: str, wait: bool, grace: float) -> None:
+def resume_command(run: str, profile: str | None, wait: bool, grace: float) -> None:
     """Continue a run that failed, was cancelled or was interrupted.
 
     RUN is an id, a unique part of one, or `latest`. A new run is made that takes over what had finished, side effects
     included, and goes on with the rest; training goes on from its last checkpoint. A run on a cluster goes on with the
-    code and images it had; after a correction start a new one, which reuses what the correction does not touch.
+    code and images it had; after a correction start a new one, which reuses what the correction does not touch. One
+    that was started elsewhere needs the profile it ran under and the code that reads its recipe the same.
     """
     from modelmill.components.core.home import Home
     from modelmill.pipelines.launch.runs import find_run
 
-    old = find_run(Home.current(), run)
+    old = find_run(Home.current(), run) if profile is None else _adopted(run, profile)
     if old.record.place:
         from modelmill.pipelines.launch.kubeflow import Endpoint
         from modelmill.pipelines.launch.kubeflow_runs import profile_of, resume
@@ -148,6 +158,14 @@ def resume_command(run: str, wait: bool, grace: float) -> None:
     from modelmill.pipelines.launch.watch import display
 
     _finish(resume_local(old, display=display(), grace=grace))
+
+
+def _adopted(run_id: str, profile: str) -> Run:
+    """A run that another machine started, by its id at KFP."""
+    from modelmill.pipelines.launch.adopting import adopt
+    from modelmill.pipelines.platform import load_profile
+
+    return adopt(run_id, load_profile(profile))
 
 
 def _finish(result: RunResult) -> None:

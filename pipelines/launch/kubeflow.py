@@ -316,6 +316,18 @@ class Endpoint:
         """A run with its tasks, as the API describes it."""
         return self.call(self.api.runs.run_service_get_run, run_id)
 
+    def compiled(self, run: Any) -> tuple[dict[str, Any], str]:
+        """What a run's pipeline was compiled to (`pipeline_spec` and `platform_spec`), and the name of its version."""
+        reference = run.pipeline_version_reference
+        if reference is None:
+            return run.pipeline_spec or {}, ""
+        version = self.call(
+            self.api.pipelines.pipeline_service_get_pipeline_version,
+            reference.pipeline_id,
+            reference.pipeline_version_id,
+        )
+        return version.pipeline_spec or {}, str(version.display_name or version.name)
+
     def runs(self, limit: int) -> list[Any]:
         """Runs of the namespace, newest first."""
         where = self.where

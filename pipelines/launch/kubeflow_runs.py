@@ -63,16 +63,30 @@ def resume(run: Run, *, home: Home | None = None, endpoint: Endpoint | None = No
     profile = profile_of(run)
     endpoint = endpoint or Endpoint(profile)
     refresh(run, endpoint)
-    if run.state == "succeeded":
-        raise UserError(f"run: {run.id} succeeded; there is nothing to resume, start anew with `modelmill run`")
-    if run.state == "running":
-        raise UserError(f"run: {run.id} is still running; end it with `modelmill cancel {run.id}` first")
+    check_resumable(run.id, run.state, run.id)
     recipe = plan.stored_recipe(run.folder)
     view = RunView(run.folder, run.record.steps)
     view.refresh()
     finished = tuple(sorted({*run.record.finished_before, *view.done}))
     placement = Placement(recipe, profile, run.record.recipe, finished)
     return _start(placement, run.sections(), home or Home.current(), endpoint, resumed_from=run.id)
+
+
+def check_resumable(name: str, state: str, cancelled_as: str) -> None:
+    """Refuse to resume what succeeded or still runs.
+
+    Args:
+        name: the run's.
+        state: the run's.
+        cancelled_as: what `modelmill cancel` calls it.
+
+    Raises:
+        UserError: one line with the fix.
+    """
+    if state == "succeeded":
+        raise UserError(f"run: {name} succeeded; there is nothing to resume, start anew with `modelmill run`")
+    if state == "running":
+        raise UserError(f"run: {name} is still running; end it with `modelmill cancel {cancelled_as}` first")
 
 
 def _start(
@@ -83,31 +97,11 @@ def _start(
     resumed_from: str | None = None,
 ) -> Run:
     recipe, profile = placement.recipe, placement.profile
-    pipeline = catalogs.current().pipeline(recipe.pipeline)
     endpoint = endpoint or Endpoint(profile)
     version = upload(placement, sections, endpoint)
     experiment = endpoint.experiment(recipe.tracking.experiment)
-    record = RunRecord(
-        run_id=new_run_id(recipe.name),
-        name=recipe.name,
-        pipeline=recipe.pipeline,
-        recipe=placement.reference,
-        recipe_hash=recipe.hash,
-        dag=pipeline.dag,
-        cwd=os.getcwd(),
-        steps=[step.name for step in recipe.steps()],
-        headline=recipe.headline(),
-        started=time.time(),
-        resumed_from=resumed_from,
-        finished_before=list(placement.finished),
-        place={"endpoint": endpoint.address, "profile": profile.name, "namespace": profile.namespace, "run_id": ""},
-    )
-    files = {
-        "recipe.yaml": recipe.resolved_yaml(),
-        "sections.json": json.dumps(sections, indent=1) + "\n",
-        "profile.json": profile.model_dump_json(indent=1) + "\n",
-    }
-    run = Run.create(home, record, files)  # before the run starts: one that nobody remembers cannot be ended
+    # Before the run starts: one that nobody remembers cannot be ended.
+    run = remember(placement, sections, home, endpoint, resumed_from=resumed_from)
     try:
         run_id = endpoint.submit(
             version, name=run.id, experiment=experiment, account=profile.service_account, sections=sections
@@ -118,6 +112,54 @@ def _start(
     run.record.place |= {"run_id": run_id, "url": endpoint.run_url(run_id), "pipeline_version": version.name}
     run.save()
     return run
+
+
+def remember(
+    placement: Placement,
+    sections: Mapping[str, str],
+    home: Home,
+    endpoint: Endpoint,
+    *,
+    name: str = "",
+    started: float | None = None,
+    place: Mapping[str, str] | None = None,
+    resumed_from: str | None = None,
+) -> Run:
+    """Make the folder of a run on a cluster.
+
+    Args:
+        placement: recipe, profile, and what had finished before.
+        sections: what its steps receive.
+        home: where the folder is made.
+        endpoint: where it runs.
+        name: the run's; default a new one.
+        started: default now.
+        place: how KFP calls it, once it has begun there.
+        resumed_from: run it continues.
+    """
+    recipe, profile = placement.recipe, placement.profile
+    where = {"endpoint": endpoint.address, "profile": profile.name, "namespace": profile.namespace, "run_id": ""}
+    record = RunRecord(
+        run_id=name or new_run_id(recipe.name),
+        name=recipe.name,
+        pipeline=recipe.pipeline,
+        recipe=placement.reference,
+        recipe_hash=recipe.hash,
+        dag=catalogs.current().pipeline(recipe.pipeline).dag,
+        cwd=os.getcwd(),
+        steps=[step.name for step in recipe.steps()],
+        headline=recipe.headline(),
+        started=time.time() if started is None else started,
+        resumed_from=resumed_from,
+        finished_before=list(placement.finished),
+        place={**where, **(place or {})},
+    )
+    files = {
+        "recipe.yaml": recipe.resolved_yaml(),
+        "sections.json": json.dumps(sections, indent=1) + "\n",
+        "profile.json": profile.model_dump_json(indent=1) + "\n",
+    }
+    return Run.create(home, record, files)
 
 
 def upload(placement: Placement, sections: Mapping[str, str], endpoint: Endpoint) -> Version:
