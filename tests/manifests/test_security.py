@@ -25,7 +25,7 @@ from tests.manifests.restricted import containers, violations
 CLUSTER_PROFILES = [name for name in profile_names() if load_profile(name).where == "cluster"]
 # Actions for which AWS knows no resource (Service Authorization Reference).
 WITHOUT_RESOURCE = {"ecr:GetAuthorizationToken"} | {
-    f"sagemaker:List{kind}" for kind in ("Endpoints", "EndpointConfigs", "Models", "ModelPackages")
+    f"sagemaker:List{kind}" for kind in ("Endpoints", "EndpointConfigs", "Models", "ModelPackages", "TrainingJobs")
 }
 MACHINES = re.compile(
     r"\b\d{12}\b|\.dkr\.ecr\.|(AKIA|ASIA)[0-9A-Z]{16}|-----BEGIN|\b(vpc|subnet|sg|fs|cr|i|ami)-[0-9a-f]{8,}\b"
