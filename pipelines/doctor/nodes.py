@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from modelmill.components.launchers.trainjob_config import Toleration
-from modelmill.pipelines.doctor import registry
+from modelmill.pipelines.doctor import neuron, registry
 from modelmill.pipelines.doctor.cluster import KARPENTER, Target
-from modelmill.pipelines.doctor.finding import Finding
+from modelmill.pipelines.doctor.finding import Finding, Level
 from modelmill.pipelines.doctor.kube import Json, Refused, quantity
 from modelmill.pipelines.doctor.places import EFA, Amounts, Place, places, shown
 
@@ -17,9 +17,13 @@ _PLUGINS = {
     "nvidia.com/gpu": "kubectl get daemonset -A -l app.kubernetes.io/name=nvidia-device-plugin",
     "aws.amazon.com/neuron": "kubectl get daemonset -A -l name=neuron-device-plugin-ds",
 }
+_JUDGED: dict[neuron.Verdict, tuple[Level, str]] = {
+    "works": ("ok", ""),
+    "fails": ("fail", "choose an AMI with another driver in the EC2NodeClass, or an image of another SDK"),
+    "unknown": ("warn", "compare with the release notes of the image's Neuron SDK and of the driver"),
+}
+_INSTANCE_TYPE = "node.kubernetes.io/instance-type"
 _WELL_KNOWN = ("kubernetes.io/", "k8s.io/", "karpenter.k8s.aws/", "karpenter.sh/capacity-type")  # any value may come
-# The driver that a container of this Neuron SDK needs: newer than. From the release notes of SDK 2.30.
-_NEURON_DRIVERS = {"2.30": "2.26"}
 
 
 def nodes(target: Target) -> Iterator[Finding]:
@@ -149,19 +153,10 @@ def neuron_driver(target: Target) -> Iterator[Finding]:
             if driver is None:
                 text = f"node {name} names no driver version in its labels or annotations"
                 yield Finding("warn", "neuron driver", text, look.format(name))
-            elif (needed := _NEURON_DRIVERS.get(sdk)) is None:
-                text = (
-                    f"node {name} has driver {driver}; which one SDK {sdk or 'of the image'} needs is not known here"
-                )
-                yield Finding(
-                    "warn", "neuron driver", text, "compare with the release notes of the image's Neuron SDK"
-                )
-            elif _numbers(driver)[: len(_numbers(needed))] <= _numbers(needed):
-                text = f"node {name} has driver {driver}; the image's SDK {sdk} needs one newer than {needed}"
-                fix = "choose a newer AMI in the EC2NodeClass, or an image of an older SDK"
-                yield Finding("fail", "neuron driver", text, fix)
-            else:
-                yield Finding("ok", "neuron driver", f"node {name} has driver {driver}, enough for SDK {sdk}")
+                continue
+            verdict, why = neuron.judge(driver, sdk, trainium2=_instance_type(node, place).startswith("trn2"))
+            level, fix = _JUDGED[verdict]
+            yield Finding(level, "neuron driver", f"node {name} has driver {driver}: {why}", fix)
         return  # steps and training jobs share the nodes
 
 
@@ -174,13 +169,13 @@ def _sdk(target: Target) -> str:
     return match.group(1) if match else ""
 
 
+def _instance_type(node: Json, place: Place) -> str:
+    return str({**place.node_selector, **node["metadata"].get("labels", {})}.get(_INSTANCE_TYPE, ""))
+
+
 def _driver(node: Json) -> str | None:
     named = {**node["metadata"].get("labels", {}), **node["metadata"].get("annotations", {})}
     for key, value in sorted(named.items()):
         if "neuron" in key and "driver" in key and re.match(r"\d+(\.\d+)+", value):
             return value
     return None
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]

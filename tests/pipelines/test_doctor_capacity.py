@@ -225,8 +225,10 @@ def neuron(api: KubernetesApi, driver: str | None, image: str = SDK) -> Any:
 @pytest.mark.parametrize(
     ("driver", "level", "text"),
     [
-        ("2.27.4.0", "ok", "has driver 2.27.4.0, enough for SDK 2.30"),
+        ("2.28.0.0", "ok", "has driver 2.28.0.0: that of SDK 2.30"),
         ("2.26.5.0", "fail", "needs one newer than 2.26"),
+        ("2.30.2.0", "warn", "AWS does not say whether later ones take it again"),
+        ("2.19.64.0", "fail", "on Trainium2 the image's SDK 2.30 needs driver 2.20.28 or newer"),
         (None, "warn", "names no driver version"),
     ],
 )
@@ -234,6 +236,7 @@ def test_driver_must_suit_the_image(api: KubernetesApi, driver: str | None, leve
     found = neuron(api, driver)
     assert found.level == level
     assert text in found.text
+    assert bool(found.fix) == (level != "ok")
 
 
 def test_image_by_digest_says_its_sdk_in_a_label(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch) -> None:
