@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,12 +20,14 @@ from modelmill.components.core.errors import UserError
 from modelmill.components.core.uri import split_s3
 
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # boto3 reads them itself
+_BATCH = 1000  # objects that one request may delete
 _PART = 16 << 20  # bytes of a part; objects larger than that move in several at a time
 _ACTIONS = {
     "ListObjectsV2": "s3:ListBucket",
     "GetObject": "s3:GetObject and s3:ListBucket",
     "HeadObject": "s3:GetObject and s3:ListBucket",
     "DeleteObject": "s3:DeleteObject",
+    "DeleteObjects": "s3:DeleteObject",
 }
 _REMEDIES = {
     "NoSuchBucket": "there is no such bucket; check its name, account and region",
@@ -43,6 +45,15 @@ class RemoteObject:
     key: str
     size: int
     etag: str
+
+
+@dataclass(frozen=True)
+class DatedObject:
+    """One object and when it was written, in POSIX seconds of the server's clock."""
+
+    key: str
+    size: int
+    modified: float
 
 
 def s3_client(endpoint_url: str | None, parameter: str) -> Any:
@@ -148,6 +159,39 @@ def list_objects(uri: str, endpoint_url: str | None, parameter: str) -> list[Rem
     chosen = exact or [entry for entry in listed if entry["Key"].startswith(below)]
     found = [RemoteObject(entry["Key"], entry["Size"], entry["ETag"].strip('"')) for entry in chosen]
     return sorted(found, key=lambda entry: entry.key)
+
+
+def iter_objects(uri: str, endpoint_url: str | None, parameter: str) -> Iterator[DatedObject]:
+    """All objects whose key begins as `uri` does, page by page: for prefixes with more of them than fit in memory.
+
+    Raises:
+        UserError: no bucket, no credentials, no connection.
+    """
+    bucket, prefix = split_s3(uri, parameter=parameter)
+    client = s3_client(endpoint_url, parameter)
+    with explained(uri, endpoint_url, parameter):
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for entry in page.get("Contents", []):
+                yield DatedObject(entry["Key"], entry["Size"], entry["LastModified"].timestamp())
+
+
+def delete_objects(bucket: str, keys: Sequence[str], endpoint_url: str | None, parameter: str) -> None:
+    """Delete objects, many in one request; one that is gone already is no error.
+
+    Raises:
+        UserError: S3 refuses one of them; others may be gone.
+    """
+    from botocore.exceptions import ClientError
+
+    client = s3_client(endpoint_url, parameter)
+    for start in range(0, len(keys), _BATCH):
+        some = keys[start : start + _BATCH]
+        with explained(f"s3://{bucket}/{some[0]}", endpoint_url, parameter):
+            asked = {"Objects": [{"Key": key} for key in some], "Quiet": True}
+            refused = client.delete_objects(Bucket=bucket, Delete=asked).get("Errors")
+        if refused:
+            with explained(f"s3://{bucket}/{refused[0]['Key']}", endpoint_url, parameter):
+                raise ClientError({"Error": refused[0]}, "DeleteObjects")
 
 
 def fingerprint(objects: Iterable[RemoteObject]) -> str:

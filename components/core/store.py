@@ -63,13 +63,13 @@ class Store(Protocol):
         """Tracking points of a finished output on this machine (a file that may be absent)."""
 
 
-def open_store(folder: Path) -> Store:
-    """The store of this process: `folder`, or what `MODELMILL_STORE` names.
+def open_store(folder: Path, uri: str | None = None) -> Store:
+    """A store: the prefix in S3 that `uri` or `MODELMILL_STORE` names, else `folder`.
 
     Raises:
         UserError: it names no S3 prefix.
     """
-    uri = os.environ.get(STORE_VARIABLE)
+    uri = uri or os.environ.get(STORE_VARIABLE)
     return S3Store(uri, folder, os.environ.get(ENDPOINT_VARIABLE) or None) if uri else LocalStore(folder)
 
 
@@ -126,7 +126,7 @@ class S3Store:
         sizes = {f"s3://{self.bucket}/{entry.key}": entry.size for entry in found}
         if f"{place}/{_MANIFEST}" not in sizes:
             return None
-        text = self._read(f"{step}/{key}/{_MANIFEST}")
+        text = self.read(f"{step}/{key}/{_MANIFEST}")
         try:
             manifest = Manifest.parse(text, f"{place}/{_MANIFEST}")
         except UserError:
@@ -161,6 +161,16 @@ class S3Store:
             self._note(manifest, None)
         shutil.rmtree(place.with_name(f"{manifest.key}.partial"), ignore_errors=True)  # killed after its commit
         return place / _POINTS
+
+    def read(self, name: str) -> bytes:
+        """Content of an object below the prefix.
+
+        Raises:
+            UserError: it is absent or cannot be read.
+        """
+        client = self._client()
+        with s3.explained(f"{self.uri}/{name}", self.endpoint_url, STORE_VARIABLE):
+            return client.get_object(Bucket=self.bucket, Key=f"{self.prefix}{name}")["Body"].read()
 
     def _placed(self, manifest: Manifest, step: str, key: str) -> Manifest:
         """The manifest with the URI its content has here: a bucket may have been copied from elsewhere."""
@@ -199,7 +209,7 @@ class S3Store:
         if points is None:
             base = manifest.uri.removesuffix("/data").removeprefix(f"{self.uri}/")
             if s3.list_objects(f"{self.uri}/{base}/{_POINTS}", self.endpoint_url, STORE_VARIABLE):
-                (folder / _POINTS).write_bytes(self._read(f"{base}/{_POINTS}"))
+                (folder / _POINTS).write_bytes(self.read(f"{base}/{_POINTS}"))
         elif points.exists():
             os.replace(points, folder / _POINTS)
         manifest.write(folder / _MANIFEST)
@@ -218,11 +228,6 @@ class S3Store:
 
     def _client(self) -> Any:
         return s3.s3_client(self.endpoint_url, STORE_VARIABLE)
-
-    def _read(self, name: str) -> bytes:
-        client = self._client()
-        with s3.explained(f"{self.uri}/{name}", self.endpoint_url, STORE_VARIABLE):
-            return client.get_object(Bucket=self.bucket, Key=f"{self.prefix}{name}")["Body"].read()
 
     def _put(self, name: str, text: bytes, **condition: str) -> bool:
         """Write a small object; False when a condition refuses it."""

@@ -70,7 +70,7 @@ def test_every_command_shows_examples() -> None:
     shown = modelmill("--help").stdout.partition("Commands:")[2].partition("Examples:")[0].splitlines()
     listed = {line.split()[0] for line in shown if line.strip()}
     reading = {"list", "plan", "runs", "logs", "report", "fetch", "schedules", "models", "ui", "doctor"}
-    assert listed == reading | {"run", "resume", "cancel", "schedule", "rollback", "compile"}
+    assert listed == reading | {"run", "resume", "cancel", "prune", "schedule", "rollback", "compile"}
 
 
 def test_help_and_the_reading_commands_import_nothing_heavy() -> None:
