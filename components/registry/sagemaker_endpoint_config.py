@@ -14,10 +14,12 @@ class EndpointConfig(Section):
 
     name: str = Field(
         pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,39}$",
-        description="Beginning of the names of model, endpoint configuration and endpoint; the run's digest follows.",
+        description="Beginning of the names of model, endpoint configuration and endpoint; the run's digest follows. "
+        "The shipped policies and the reaper know `modelmill-...` only.",
     )
     group: str = Field(
-        pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Model package group; made when there is none."
+        pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$",
+        description="Model package group; made when there is none. The shipped policies know `modelmill-...` only.",
     )
     role: str = Field(
         default="",

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from modelmill.components.launchers import trainjob_render
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.launch import TrainingJob
 from modelmill.components.training.layout import ParallelConfig
+from modelmill.pipelines import catalog
 from modelmill.pipelines.doctor import cluster, inside
 from modelmill.pipelines.platform import load_profile, profile_names
 from tests.fakes.kubernetes_trainer import pod_template
@@ -247,6 +249,16 @@ def test_rights_cover_the_calls_that_training_jobs_make(filled: Path) -> None:
     assert {"sagemaker:" + "".join(map(str.capitalize, call.split("_"))) for call in calls} <= granted
     jobs = next(each["Resource"] for each in statements if "sagemaker:CreateTrainingJob" in each["Action"])
     assert jobs == ["arn:aws:sagemaker:eu-west-1:111122223333:training-job/modelmill-*"]
+
+
+def test_rights_cover_what_the_shipped_recipe_serves(filled: Path) -> None:
+    endpoint = catalog.load("sagemaker/forecaster-endpoint").model_dump()["endpoint"]
+    statements = json.loads((filled / "cluster/iam/sagemaker-serving.json").read_text())["Statement"]
+    granted = [resource for each in statements for resource in each["Resource"]]
+    wanted = {"endpoint": endpoint["name"], "model-package-group": endpoint["group"]}
+    for kind, name in wanted.items():
+        arn = f"arn:aws:sagemaker:eu-west-1:111122223333:{kind}/{name}"
+        assert any(fnmatchcase(arn, resource) for resource in granted), arn
 
 
 def test_nodes_keep_their_credentials_and_encrypt_their_disks(overlays: dict[str, Objects]) -> None:
