@@ -20,11 +20,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.finetuning.config import AdapterConfig
+from modelmill.components.training.gathering import whole
 from modelmill.components.training.initialize import init_uniform
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -121,8 +121,8 @@ def gather_adapters(model: PreTrainedModel, wanted: bool) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            found[name] = whole.detach().cpu().contiguous() if wanted else torch.empty(0)
+            weight = whole(parameter)
+            found[name] = weight.cpu().contiguous() if wanted else torch.empty(0)
     if not wanted:
         return {}
     state = get_peft_model_state_dict(model, state_dict=found, save_embedding_layers=False)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from modelmill.components.finetuning import causal_lm
@@ -20,6 +19,7 @@ from modelmill.components.finetuning.config import AdapterConfig, QuantizationCo
 from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER, copy_tokenizer
 from modelmill.components.finetuning.packed_attention import attend_by_conversation
 from modelmill.components.training.config import TrainingConfig
+from modelmill.components.training.gathering import save_whole
 from modelmill.components.training.pretrained import load_causal_lm
 
 _CPU = torch.device("cpu")
@@ -115,13 +115,6 @@ def export_model(supervised: SupervisedModel, folder: Path, base: Path, *, wante
         base: whose tokenizer is copied.
         wanted: whether this rank writes.
     """
-    model, gathered = supervised.model, dict[Tensor, Tensor]()
-    state = model.state_dict(keep_vars=True)
-    for tensor in state.values():
-        if tensor not in gathered:  # one that has two names, as a tied head, is one tensor in the file too
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            gathered[tensor] = whole.detach().cpu() if wanted else torch.empty(0)
+    save_whole(supervised.model, folder, wanted=wanted)
     if wanted:
-        state = {name: gathered[tensor] for name, tensor in state.items()}
-        model.save_pretrained(str(folder), state_dict=state)
         copy_tokenizer(base, folder)

@@ -1,4 +1,4 @@
-"""Chronos models in folders: what kind one is, loading it, making a new one, writing one out.
+"""Chronos models in folders: what kind one is, loading it, making a new one.
 
 Importing this costs nothing; torch and chronos are imported where they are used.
 """
@@ -151,24 +151,3 @@ def new_bolt(config: BoltConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ChronosBoltModelForForecasting(T5Config(**settings, num_heads=config.num_heads))
-
-
-def export_chronos(model: PreTrainedModel, folder: Path, *, wanted: bool) -> None:
-    """Write a folder that `BaseChronosPipeline.from_pretrained` loads.
-
-    Args:
-        model: on any layout; called by all ranks together.
-        folder: made if missing.
-        wanted: whether this rank writes.
-    """
-    import torch
-    from torch import Tensor
-    from torch.distributed.tensor import DTensor
-
-    state, gathered = model.state_dict(keep_vars=True), dict[Tensor, Tensor]()
-    for tensor in state.values():
-        if tensor not in gathered:  # one that has two names is one tensor in the file too
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            gathered[tensor] = whole.detach().cpu() if wanted else torch.empty(0)
-    if wanted:
-        model.save_pretrained(str(folder), state_dict={name: gathered[tensor] for name, tensor in state.items()})

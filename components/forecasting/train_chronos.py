@@ -175,9 +175,10 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
     import torch
 
     from modelmill.components.core.weights import weights_digest
-    from modelmill.components.forecasting.chronos_model import export_chronos, load_chronos, new_bolt
+    from modelmill.components.forecasting.chronos_model import load_chronos, new_bolt
     from modelmill.components.forecasting.chronos_objective import chronos_loss, training_of
     from modelmill.components.training.checkpoint import Checkpoints
+    from modelmill.components.training.gathering import save_whole
     from modelmill.components.training.loop import TrainingData, TrainingLoop
     from modelmill.components.training.prepare import prepare
 
@@ -222,7 +223,7 @@ def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig)
         counts={**counts, "world_size": ranks.world_size}, metrics={"start_seconds": start, **metrics}
     )
     began = time.perf_counter()
-    export_chronos(model, output / _MODEL, wanted=ranks.is_main)
+    save_whole(model, output / _MODEL, wanted=ranks.is_main)
     if ranks.is_main:
         shutil.copyfile(ranks.scratch / HISTORY, output / HISTORY)
         result.metadata["weights_digest"] = weights_digest(output / _MODEL)

@@ -19,7 +19,7 @@ from modelmill.components.core.model_folder import digest_of, model_folder
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.core.weights import weights_digest
 from modelmill.components.forecasting.chronos2_config import Chronos2TuneConfig
-from modelmill.components.forecasting.chronos_model import export_chronos, load_chronos, read_chronos
+from modelmill.components.forecasting.chronos_model import load_chronos, read_chronos
 from modelmill.components.forecasting.series_profile import write_profile
 from modelmill.components.forecasting.series_table import SeriesTable, open_series
 from modelmill.components.training.journal import HISTORY, Journal, track_outcome
@@ -132,6 +132,8 @@ def _fit(
     import torch
     from transformers import TrainerCallback, set_seed
 
+    from modelmill.components.training.gathering import save_whole
+
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("chronos2.device: cuda is not in this machine; use auto or cpu")
     events.progress("loading the base")
@@ -179,7 +181,7 @@ def _fit(
         **options,
     )
     model = tuned.model.merge_and_unload() if config.method == "lora" else tuned.model
-    export_chronos(model, output / "model", wanted=True)
+    save_whole(model, output / "model", wanted=True)
     shutil.copyfile(scratch / HISTORY, output / HISTORY)
     shutil.rmtree(scratch)
     named = {"loss": "train_loss", "validation_loss": "validation_loss"}

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from modelmill.components.core.errors import UserError
 from modelmill.components.llama.config import LlamaConfig
 from modelmill.components.llama.model import LlamaDecoder
 from modelmill.components.llama.pieces import Piece, pieces
+from modelmill.components.training.gathering import whole
 from modelmill.components.training.shards import Box, local_box, local_part
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -255,21 +255,7 @@ def _copy(handle: Any, piece: Piece, parameter: Tensor, folder: Path) -> None:
 def _help_gather(model: LlamaDecoder) -> None:
     """The part in `_replace_weights` of a rank that writes nothing: the same gathers in the same order."""
     for parameter in model.state_dict().values():
-        _whole(parameter)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """A parameter gathered from all ranks that hold a part of it, dimension of the mesh by dimension.
-
-    What is sharded again after tensor parallelism comes together first; all at once torch warns that it cannot.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    placements = list(parameter.placements)
-    for dimension in range(len(placements)):
-        placements[dimension] = Replicate()
-        parameter = parameter.redistribute(placements=placements)
-    return parameter.to_local()
+        whole(parameter)
 
 
 def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -288,7 +274,7 @@ def _replace_weights(model: LlamaDecoder, folder: Path, dtype: torch.dtype, max_
             tensors = {}
             for path, piece in shard:
                 if gathered is None or gathered[0] != path:
-                    gathered = (path, _whole(parameters[path]).detach())
+                    gathered = (path, whole(parameters[path]))
                 tensors[piece.name] = _copied(piece.view(gathered[1]), dtype)
             save_file(tensors, _temporary(folder / name), metadata={"format": "pt"})
         if len(shards) > 1:
