@@ -8,6 +8,8 @@ A draw takes one uniform number and looks it up in the cumulated probabilities. 
 generator of its own, so what it draws does not depend on which examples are computed with it. Probabilities still
 differ in their last bits with the shape of a batch, as any product on a CPU or GPU does: where two tokens are that
 close, a greedy choice may differ too.
+
+The few samples of a pretraining report come from `sampling`, which takes any function to logits and has no cache.
 """
 
 from __future__ import annotations

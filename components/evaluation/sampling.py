@@ -1,4 +1,10 @@
-"""Sample continuations: what the model writes, greedy and drawn at random from a fixed seed."""
+"""Sample continuations for a report: what the model writes, greedy and drawn at random from a fixed seed.
+
+Not `decoding`, which answers many prompts at once: this needs only logits, so it also runs our own decoder as it was
+trained, without transformers and a cache. Draws are torch's multinomial in fp32 from one generator a continuation;
+those of `decoding` are uniform numbers an example, looked up in fp64. Taking one for the other would change the texts
+that seeds give.
+"""
 
 from __future__ import annotations
 
