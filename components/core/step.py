@@ -219,7 +219,9 @@ def _may_reuse(name: str, options: StepOptions) -> bool:
     """Whether a finished output may be taken; a resumed run does not repeat the side effects of its predecessor."""
     if os.environ.get(FRESH_VARIABLE):
         return False
-    return options.reuse or name in os.environ.get(FINISHED_VARIABLE, "").split(",")
+    # A cluster tells only that a loop's step had finished, not which of its tasks; one that had not has no output.
+    finished = os.environ.get(FINISHED_VARIABLE, "").split(",")
+    return options.reuse or name in finished or events.step_of(name) in finished
 
 
 def _compute(

@@ -19,7 +19,15 @@ from modelmill.components.core.events import read_lines
 from modelmill.components.core.home import Home
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.recipe import Section
-from modelmill.components.core.step import StepResult, finished_manifest, output_key, run_step, section, step_options
+from modelmill.components.core.step import (
+    FINISHED_VARIABLE,
+    StepResult,
+    finished_manifest,
+    output_key,
+    run_step,
+    section,
+    step_options,
+)
 from tests.components.conftest import RunFolder
 
 CALLS: list[str] = []
@@ -246,6 +254,19 @@ def test_a_resumable_step_goes_on_from_its_checkpoint(home: Home, make_run: Any)
         "tracking.jsonl",
     ]
     assert kinds(folder) == ["started", "failed", "started", "finished"]
+
+
+@pytest.mark.parametrize("finished", ["register", "register-1", "fetch,register-1"])
+def test_a_resumed_task_of_a_loop_repeats_no_side_effect(
+    home: Home, monkeypatch: pytest.MonkeyPatch, finished: str
+) -> None:
+    text = section("register", Config(), register)
+    made = run_step(register, text, {}, {}, number=1)
+    monkeypatch.setenv(FINISHED_VARIABLE, finished)
+    assert run_step(register, text, {}, {}, number=1) == made
+    assert len(CALLS) == 1
+    run_step(register, section("register", Config(text="other"), register), {}, {}, number=2)
+    assert len(CALLS) == 2
 
 
 def compete(home: Path, folder: Path) -> None:
