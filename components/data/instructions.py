@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
 from collections import Counter
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelmill.components.core import events, tracking
-from modelmill.components.core.errors import UserError
+from modelmill.components.core import events
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult
-from modelmill.components.data.bad_records import BadRecords
-from modelmill.components.data.chat_template import ConversationTemplate, make_template
-from modelmill.components.data.cleaning import assign_split
+from modelmill.components.data.chat_template import ConversationTemplate, Rendered, make_template
 from modelmill.components.data.conversations import (
     BadRecord,
     Message,
@@ -30,53 +26,38 @@ from modelmill.components.data.conversations import (
 from modelmill.components.data.documents import SPLITS
 from modelmill.components.data.installed_docs_qa import read_questions
 from modelmill.components.data.instruction_config import (
-    PARAMETER,
     InstalledDocsQuestions,
     InstructionsConfig,
     InstructionSource,
 )
-from modelmill.components.data.instruction_packing import TokenStore, write_rows
+from modelmill.components.data.instruction_packing import write_rows
 from modelmill.components.data.instruction_rows import IGNORE, InstructionRows
 from modelmill.components.data.instruction_sources import in_reading_order, read_source
+from modelmill.components.data.prepared_splits import (
+    BATCH_CHARACTERS,
+    SplitChooser,
+    SplitWriter,
+    check_splits,
+    log_splits,
+)
 from modelmill.components.data.preview import Shown, report, show, write_preview
 from modelmill.components.data.tokenizer_files import TokenizerFiles, load_tokenizer, span_mask
 
 logger = logging.getLogger("modelmill")
-_CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
-_BATCH_CHARACTERS = 2 << 20  # of text in one call of the tokenizer
+_REASONS = ("duplicate", "in_other_split", "too_long", "unlearnt")
 
 
-class _Split:
-    """One split being written: its conversations, their tokens, its counts and a digest."""
-
-    def __init__(self, output: Path, scratch: Path, name: str, dtype: np.dtype, stack: ExitStack) -> None:
-        path = output / f"{name}.jsonl"
-        self.file: IO[str] = stack.enter_context(path.open("w", encoding="utf-8"))
-        self.store = TokenStore(scratch, name, dtype)
-        stack.callback(self.store.close)
-        self.digest = hashlib.sha256()
-        self.conversations = 0
-
-    def append(self, entry: _Waiting, tokens: np.ndarray, mask: np.ndarray) -> None:
-        messages = [message.as_dict() for message in entry.messages]
-        record = {"id": entry.identity.hex(), "source": entry.source, "messages": messages}
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.store.append(tokens, mask)
-        self.digest.update(entry.identity)
-        self.conversations += 1
-
-
-class _Waiting:
+class _Waiting(NamedTuple):
     """A conversation on its way into a split: written out and not yet tokenised."""
 
-    __slots__ = ("identity", "messages", "source", "spans", "split", "text")
+    messages: list[Message]
+    rendered: Rendered
+    source: int
+    split: str
+    identity: bytes
 
-    def __init__(self, messages: list[Message], source: int, split: str, identity: bytes) -> None:
-        self.messages, self.source, self.split, self.identity = messages, source, split, identity
-        self.text, self.spans = "", tuple[tuple[int, int], ...]()
 
-
-class _Collector:
+class _Collector(SplitChooser):
     """Takes records one at a time and puts those that are good into their splits; counts the others by reason."""
 
     def __init__(
@@ -84,23 +65,12 @@ class _Collector:
         config: InstructionsConfig,
         tokenizer: TokenizerFiles,
         template: ConversationTemplate,
-        splits: dict[str, _Split],
+        splits: dict[str, SplitWriter],
     ) -> None:
+        super().__init__(config, "instructions", _REASONS)
         self._config, self._tokenizer, self._template, self._splits = config, tokenizer, template, splits
-        self._seen: set[bytes] = set()
-        self._split_of: dict[bytes, str] = {}  # by the prompt's digest: a question stands in one split only
         self._waiting: list[_Waiting] = []
         self._characters = 0
-        self.bad = BadRecords("instructions", config.max_bad_records)
-        self.dropped: Counter[str] = Counter(dict.fromkeys(("duplicate", "in_other_split", "too_long", "unlearnt"), 0))
-        self.read = self.truncated = self.unended = 0
-
-    @property
-    def losses(self) -> Counter[str]:
-        """Records that were dropped so far, by reason."""
-        losses = self.dropped.copy()
-        losses.update(self.bad.counts)
-        return losses
 
     def take(self, value: Any, place: str, number: int, source: InstructionSource) -> None:
         """A record of a source that is split by hash, or goes into one split as a whole."""
@@ -117,28 +87,17 @@ class _Collector:
         Raises:
             BadRecord: the template cannot write it out.
         """
-        identity, prompt = content_digest(messages), prompt_digest(messages)
-        wanted = split or assign_split(
-            prompt,
-            seed=self._config.seed,
-            validation=self._config.validation_fraction,
-            test=self._config.test_fraction,
-        )
-        entry = _Waiting(messages, source, wanted, identity)
         self._tokenizer.check(messages)
         rendered = self._template.render(messages)
-        entry.text, entry.spans = rendered.text, rendered.spans
         self.read += 1
-        if identity in self._seen:
-            self.dropped["duplicate"] += 1
-        elif self._split_of.setdefault(prompt, wanted) != wanted:
-            self.dropped["in_other_split"] += 1
-        else:
-            self._seen.add(identity)
-            self._waiting.append(entry)
-            self._characters += len(entry.text)
-            if self._characters >= _BATCH_CHARACTERS:
-                self.flush()
+        identity = content_digest(messages)
+        chosen = self.choose(identity, prompt_digest(messages), split)
+        if chosen is None:
+            return
+        self._waiting.append(_Waiting(messages, rendered, source, chosen, identity))
+        self._characters += len(rendered.text)
+        if self._characters >= BATCH_CHARACTERS:
+            self.flush()
 
     def refuse(self, place: str, problem: BadRecord) -> None:
         """Count a bad record.
@@ -157,10 +116,10 @@ class _Collector:
     def flush(self) -> None:
         """Tokenise what waits."""
         encoder = self._tokenizer.encoder
-        texts = [entry.text for entry in self._waiting]
+        texts = [entry.rendered.text for entry in self._waiting]
         for entry, encoded in zip(self._waiting, encoder.encode_batch(texts, add_special_tokens=False), strict=True):
             everything = self._config.train_on == "all"
-            spans = ((0, len(entry.text)),) if everything else entry.spans
+            spans = ((0, len(entry.rendered.text)),) if everything else entry.rendered.spans
             self._store(entry, np.array(encoded.ids, np.int64), span_mask(encoded, spans))
         self._waiting, self._characters = [], 0
 
@@ -175,8 +134,10 @@ class _Collector:
             self.dropped["unlearnt"] += 1
             return
         self.truncated += cut
-        self.unended += not cut and not self._tokenizer.ends_specially(entry.text)
-        self._splits[entry.split].append(entry, tokens, mask)
+        self.unended += not cut and not self._tokenizer.ends_specially(entry.rendered.text)
+        split = self._splits[entry.split]
+        split.write(entry.identity, entry.source, {"messages": [message.as_dict() for message in entry.messages]})
+        split.store.append(tokens, mask)
 
 
 def prepare_instructions(
@@ -219,10 +180,10 @@ def prepare_instructions(
     dtype = np.dtype("<u2" if files.vocab_size <= 1 << 16 else "<u4")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix="instructions-")))
-        splits = {name: _Split(output, scratch, name, dtype, stack) for name in SPLITS}
+        splits = {name: SplitWriter(output, scratch, name, dtype, stack) for name in SPLITS}
         collector = _Collector(config, files, template, splits)
         sources = _read_sources(config, collector, corpus, scratch)
-        _check_splits(config, collector, splits)
+        check_splits(config, collector, splits, section="instructions", unit="conversation", more="records")
         counts, shown, fill = _pack(config, output, splits, padding, files)
     counts |= {"vocab_size": files.vocab_size, "sequence_length": config.sequence_length}
     counts |= {"read_records": collector.read, "truncated": collector.truncated}
@@ -231,7 +192,10 @@ def prepare_instructions(
     (output / "instructions.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     write_preview(shown, output)
     report(shown)
-    _tell(config, collector, splits, counts)
+    if collector.unended:
+        what = "conversations do not end in a special token, so a model may not learn where to stop"
+        logger.warning("%d %s; look at the preview", collector.unended, what)
+    log_splits(config, splits, counts, section="instructions", unit="conversation")
     return StepResult(
         kind="instructions",
         counts=counts,
@@ -285,24 +249,8 @@ def _read_sources(
     return [reports[number] for number in sorted(reports)]
 
 
-def _check_splits(config: InstructionsConfig, collector: _Collector, splits: dict[str, _Split]) -> None:
-    losses = ", ".join(f"{reason} {n}" for reason, n in sorted(collector.losses.items()) if n) or "none dropped"
-    total = sum(split.conversations for split in splits.values())
-    if not total:
-        remedy = "give others, or a longer sequence_length where they are too_long or unlearnt"
-        raise UserError(f"{PARAMETER}: no conversation is left of {collector.read} records ({losses}); {remedy}")
-    given = {getattr(source, "into", None) for source in config.source}
-    for name, split in splits.items():
-        fraction = {"validation": config.validation_fraction, "test": config.test_fraction}.get(name, 1.0)
-        if split.conversations or not (name in given or (fraction and None in given)):
-            continue
-        parameter = f"instructions.{name}_fraction: {fraction}" if name != "train" else f"{PARAMETER}: the rest"
-        remedy = "give more records, change the fractions or instructions.seed, or name a source's split with `into`"
-        raise UserError(f"{parameter} of {total} conversations ({losses}) leaves the {name} split empty; {remedy}")
-
-
 def _pack(
-    config: InstructionsConfig, output: Path, splits: dict[str, _Split], padding: int, files: TokenizerFiles
+    config: InstructionsConfig, output: Path, splits: dict[str, SplitWriter], padding: int, files: TokenizerFiles
 ) -> tuple[dict[str, int], list[Shown], float]:
     """Write the arrays of every split; returns counts, what to preview, and the fill of the training rows."""
     counts: dict[str, int] = {}
@@ -315,7 +263,7 @@ def _pack(
         np.save(output / f"{name}.targets.npy", packed.targets)
         tokens = int(packed.places[:, 2].sum())
         counts |= {
-            f"{name}_conversations": split.conversations,
+            f"{name}_conversations": split.size,
             f"{name}_rows": packed.rows,
             f"{name}_tokens": tokens,
             f"{name}_targets": int(packed.targets.sum()),
@@ -330,21 +278,3 @@ def _pack(
             decode = lambda ids: files.encoder.decode(ids, skip_special_tokens=False)  # noqa: E731
             shown += show(rows, name, config.preview_conversations, decode)
     return counts, shown, fill
-
-
-def _tell(
-    config: InstructionsConfig, collector: _Collector, splits: dict[str, _Split], counts: dict[str, int]
-) -> None:
-    if collector.unended:
-        what = "conversations do not end in a special token, so a model may not learn where to stop"
-        logger.warning("%d %s; look at the preview", collector.unended, what)
-    origin = ", ".join(source.label for source in config.source)
-    for name, split in splits.items():
-        profile = {key: counts[f"{name}_{key}"] for key in ("conversations", "rows", "tokens", "targets")}
-        logger.info("%s: %s", name, ", ".join(f"{count} {key}" for key, count in profile.items()))
-        if split.conversations:
-            digest = split.digest.hexdigest()
-            tracking.log_dataset(
-                name=f"instructions-{name}", digest=digest, source=origin, context=_CONTEXTS[name], profile=profile
-            )
-    tracking.log_metrics(counts)

@@ -3,61 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import tempfile
 from collections import Counter
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelmill.components.core import events, tracking
-from modelmill.components.core.errors import UserError
+from modelmill.components.core import events
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult
-from modelmill.components.data.bad_records import BadRecords
 from modelmill.components.data.chat_template import ConversationTemplate, Rendered, make_template
-from modelmill.components.data.cleaning import assign_split
 from modelmill.components.data.conversations import BadRecord, prompt_digest
 from modelmill.components.data.documents import SPLITS
-from modelmill.components.data.instruction_packing import TokenStore
 from modelmill.components.data.instruction_rows import IGNORE, InstructionRows
 from modelmill.components.data.instruction_sources import in_reading_order, read_source
-from modelmill.components.data.preference_config import PARAMETER, SECTION, InstalledDocsPairs, PreferencesConfig
+from modelmill.components.data.preference_config import SECTION, InstalledDocsPairs, PreferencesConfig
 from modelmill.components.data.preference_records import Pair, pair_digest, read_documented, read_pair
 from modelmill.components.data.preference_rows import write_pairs
+from modelmill.components.data.prepared_splits import (
+    BATCH_CHARACTERS,
+    SplitChooser,
+    SplitWriter,
+    check_splits,
+    log_splits,
+)
 from modelmill.components.data.preview import Shown, report, show, write_preview
 from modelmill.components.data.section_names import told_as
 from modelmill.components.data.tokenizer_files import TokenizerFiles, load_tokenizer, span_mask
 
 logger = logging.getLogger("modelmill")
-_CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
-_BATCH_CHARACTERS = 2 << 20  # of text in one call of the tokenizer
-_DROPS = ("duplicate", "in_other_split", "too_long", "unlearnt", "equal_tokens")
+_REASONS = ("duplicate", "in_other_split", "too_long", "unlearnt", "equal_tokens")
 
 
-class _Split:
-    """One split being written: its pairs, their tokens and a digest."""
+class _Split(SplitWriter):
+    """One split being written, and the tokens of its longest answer with its prompt."""
 
-    def __init__(self, output: Path, scratch: Path, name: str, dtype: np.dtype, stack: ExitStack) -> None:
-        path = output / f"{name}.jsonl"
-        self.file: IO[str] = stack.enter_context(path.open("w", encoding="utf-8"))
-        self.store = TokenStore(scratch, name, dtype)
-        stack.callback(self.store.close)
-        self.digest = hashlib.sha256()
-        self.pairs = self.longest = 0
+    longest = 0
 
     def append(self, waiting: _Waiting, tokens: list[np.ndarray], masks: list[np.ndarray]) -> None:
-        record = {"id": waiting.identity.hex(), "source": waiting.source, **waiting.pair.as_dict()}
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.write(waiting.identity, waiting.source, waiting.pair.as_dict())
         for ids, mask in zip(tokens, masks, strict=True):
             self.store.append(ids, mask)
             self.longest = max(self.longest, len(ids))
-        self.digest.update(waiting.identity)
-        self.pairs += 1
 
 
 class _Waiting(NamedTuple):
@@ -70,7 +61,7 @@ class _Waiting(NamedTuple):
     identity: bytes
 
 
-class _Collector:
+class _Collector(SplitChooser):
     """Takes pairs one at a time and puts those that are good into their splits; counts the others by reason."""
 
     def __init__(
@@ -80,21 +71,10 @@ class _Collector:
         template: ConversationTemplate,
         splits: dict[str, _Split],
     ) -> None:
+        super().__init__(config, SECTION, _REASONS)
         self._config, self._tokenizer, self._template, self._splits = config, tokenizer, template, splits
-        self._seen: set[bytes] = set()
-        self._split_of: dict[bytes, str] = {}  # by the prompt's digest: a prompt stands in one split only
         self._waiting: list[_Waiting] = []
         self._characters = 0
-        self.bad = BadRecords(SECTION, config.max_bad_records)
-        self.dropped: Counter[str] = Counter(dict.fromkeys(_DROPS, 0))
-        self.read = self.truncated = self.unended = 0
-
-    @property
-    def losses(self) -> Counter[str]:
-        """Pairs that were dropped so far, by reason."""
-        losses = self.dropped.copy()
-        losses.update(self.bad.counts)
-        return losses
 
     def add(self, pair: Pair, source: int, split: str | None) -> None:
         """A pair, to be put into a split or into the one of its prompt's digest.
@@ -102,22 +82,14 @@ class _Collector:
         Raises:
             BadRecord: the template cannot write it out.
         """
-        config, identity = self._config, pair_digest(pair)
-        prompt = prompt_digest(pair.conversations[0])
-        wanted = split or assign_split(
-            prompt, seed=config.seed, validation=config.validation_fraction, test=config.test_fraction
-        )
-        sides = self._render(pair)
-        if identity in self._seen:
-            self.dropped["duplicate"] += 1
-        elif self._split_of.setdefault(prompt, wanted) != wanted:
-            self.dropped["in_other_split"] += 1
-        else:
-            self._seen.add(identity)
-            self._waiting.append(_Waiting(pair, sides, source, wanted, identity))
-            self._characters += sum(len(side.text) for side in sides)
-            if self._characters >= _BATCH_CHARACTERS:
-                self.flush()
+        sides, identity = self._render(pair), pair_digest(pair)
+        chosen = self.choose(identity, prompt_digest(pair.conversations[0]), split)
+        if chosen is None:
+            return
+        self._waiting.append(_Waiting(pair, sides, source, chosen, identity))
+        self._characters += sum(len(side.text) for side in sides)
+        if self._characters >= BATCH_CHARACTERS:
+            self.flush()
 
     def _render(self, pair: Pair) -> tuple[Rendered, Rendered]:
         """Both conversations as text, and of each the place of the last answer alone."""
@@ -207,7 +179,7 @@ def prepare_preferences(
         splits = {name: _Split(output, scratch, name, dtype, stack) for name in SPLITS}
         collector = _Collector(config, files, template, splits)
         sources = _read_sources(config, collector, corpus, scratch)
-        _check_splits(config, collector, splits)
+        check_splits(config, collector, splits, section=SECTION, unit="pair", more="pairs")
         counts, shown = _write(config, output, splits, padding, files)
     counts |= {"vocab_size": files.vocab_size, "sequence_length": config.sequence_length}
     counts |= {"read_records": collector.read, "truncated": collector.truncated}
@@ -216,7 +188,10 @@ def prepare_preferences(
     (output / "preferences.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     write_preview(shown, output)
     report(shown)
-    _tell(config, collector, splits, counts)
+    if collector.unended:
+        what = "pairs have an answer that does not end in a special token, so a model may not learn where to stop"
+        logger.warning("%d %s; look at the preview", collector.unended, what)
+    log_splits(config, splits, counts, section=SECTION, unit="pair")
     metadata = {"dtype": dtype.name, "pad_token_id": padding, "eos_token_id": eos, "ignore_index": IGNORE}
     return StepResult("preferences", counts, metadata={**metadata, "template": template.describe()})
 
@@ -259,22 +234,6 @@ def _read_sources(
     return [reports[number] for number in sorted(reports)]
 
 
-def _check_splits(config: PreferencesConfig, collector: _Collector, splits: dict[str, _Split]) -> None:
-    losses = ", ".join(f"{reason} {n}" for reason, n in sorted(collector.losses.items()) if n) or "none dropped"
-    total = sum(split.pairs for split in splits.values())
-    if not total:
-        remedy = "give others, or a longer sequence_length where they are too_long or unlearnt"
-        raise UserError(f"{PARAMETER}: no pair is left of {collector.read} records ({losses}); {remedy}")
-    given = {getattr(source, "into", None) for source in config.source}
-    for name, split in splits.items():
-        fraction = {"validation": config.validation_fraction, "test": config.test_fraction}.get(name, 1.0)
-        if split.pairs or not (name in given or (fraction and None in given)):
-            continue
-        parameter = f"{SECTION}.{name}_fraction: {fraction}" if name != "train" else f"{PARAMETER}: the rest"
-        remedy = f"give more pairs, change the fractions or {SECTION}.seed, or name a source's split with `into`"
-        raise UserError(f"{parameter} of {total} pairs ({losses}) leaves the {name} split empty; {remedy}")
-
-
 def _write(
     config: PreferencesConfig, output: Path, splits: dict[str, _Split], padding: int, files: TokenizerFiles
 ) -> tuple[dict[str, int], list[Shown]]:
@@ -285,7 +244,7 @@ def _write(
         split.file.flush()
         rows = write_pairs(split.store, output / name, config.sequence_length + 1, padding)
         counts |= {
-            f"{name}_pairs": split.pairs,
+            f"{name}_pairs": split.size,
             f"{name}_rows": len(rows),
             f"{name}_tokens": int(rows.places[:, 2].sum()),
             f"{name}_targets": int(rows.targets.sum()),
@@ -303,19 +262,3 @@ def _show(rows: InstructionRows, name: str, pairs: int, files: TokenizerFiles) -
         title = f"{name}, pair {number // 2 + 1}, {side}:{conversation.title.partition(':')[2]}"
         shown.append(dataclasses.replace(conversation, title=title))
     return shown
-
-
-def _tell(config: PreferencesConfig, collector: _Collector, splits: dict[str, _Split], counts: dict[str, int]) -> None:
-    if collector.unended:
-        what = "pairs have an answer that does not end in a special token, so a model may not learn where to stop"
-        logger.warning("%d %s; look at the preview", collector.unended, what)
-    origin = ", ".join(source.label for source in config.source)
-    for name, split in splits.items():
-        profile = {key: counts[f"{name}_{key}"] for key in ("pairs", "rows", "tokens", "targets")}
-        logger.info("%s: %s", name, ", ".join(f"{count} {key}" for key, count in profile.items()))
-        if split.pairs:
-            digest = split.digest.hexdigest()
-            tracking.log_dataset(
-                name=f"preferences-{name}", digest=digest, source=origin, context=_CONTEXTS[name], profile=profile
-            )
-    tracking.log_metrics(counts)

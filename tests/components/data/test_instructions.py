@@ -121,7 +121,7 @@ def test_equal_inputs_give_equal_bytes(
     path = records_in(tmp_path / "a.jsonl", [question(number) for number in range(50)])
     chosen = config(path, validation_fraction=0.2, test_fraction=0.2)
     one = produce(prepare_instructions, chosen, tokenizer=chatml)
-    monkeypatch.setattr(instructions, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(instructions, "BATCH_CHARACTERS", 100)
     moved = path.rename(tmp_path / "moved.jsonl")
     two = produce(prepare_instructions, config(moved, validation_fraction=0.2, test_fraction=0.2), tokenizer=chatml)
     assert one.digest == two.digest
