@@ -195,4 +195,4 @@ def _runs(home: Home) -> Iterator[Finding]:
     old = [path for path in home.store.glob("*/*.partial") if time.time() - path.stat().st_mtime > _ABANDONED]
     if old:
         text = f"{len(old)} unfinished step folders older than a day in {home.store}"
-        yield Finding("warn", "store", text, "delete the `*.partial` folders of runs you will not resume")
+        yield Finding("warn", "store", text, "`modelmill prune --older-than 1d` shows them, `--yes` deletes them")
