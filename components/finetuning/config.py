@@ -83,13 +83,7 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _engine_can(self) -> Self:
         training = self.training
-        if training.parallel.tensor > 1:
-            raise ValueError(
-                f"training.parallel.tensor: {training.parallel.tensor} splits our own decoder only; use 1, and"
-                " training.parallel.shard to spread the weights"
-            )
-        if training.precision == "fp8-mixed":
-            raise ValueError("training.precision: fp8-mixed is for pretraining; use bf16-mixed")
+        training.check_any_model()
         if training.attention not in ("auto", "math", "sdpa"):
             raise ValueError(
                 f"training.attention: {training.attention!r} is a kernel of our own decoder; use auto, sdpa or math"

@@ -6,7 +6,6 @@ is a rank.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelmill.components.core import tracking
 from modelmill.components.core.manifest import Manifest, json_digest
 from modelmill.components.core.step import StepResult, step_options
-from modelmill.components.data.preference_rows import PreferenceRows, PreferenceSource, open_preferences
+from modelmill.components.data.preference_rows import PreferenceSource, open_preferences
 from modelmill.components.finetuning.base import open_base, read_model_config
 from modelmill.components.finetuning.dpo_config import DpoConfig, PreferenceObjectiveConfig
-from modelmill.components.finetuning.job import check_fit, refuse_missing_packages, run_job
+from modelmill.components.finetuning.job import announce, check_fit, refuse_missing_packages, run_job
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.journal import HISTORY
 from modelmill.components.training.launch import Launcher, TrainingResult, current_launcher
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from modelmill.components.finetuning.rank import Goal
 
 MODULE = "modelmill.components.finetuning.dpo"
-logger = logging.getLogger("modelmill")
 
 
 @step_options(resumable=True, launches=True)
@@ -68,40 +65,19 @@ def dpo(
     splits = {split: open_preferences(preferences, split) for split in ("train", "validation")}  # verified once
     check_fit(read_model_config(found), config.training, preferences, "pairs")
     place.check(config.training)
-    _announce(config, found.name, found.digest, preferences, splits["train"])
     objective = config.objective.model_dump(mode="json")
+    announce(
+        config,
+        preferences,
+        base=found,
+        unit="pairs",
+        objective=objective,
+        sizes={"longest": int(splits["train"].sizes.max())},
+        profile=("pairs", "targets"),
+    )
     spec = {"objective": objective}
     result = run_job(MODULE, config, output, base=found, data=preferences, spec=spec, launcher=place)
     return StepResult(result.kind, result.counts, result.metrics, {**result.metadata, "objective": objective})
-
-
-def _announce(config: DpoConfig, name: str, digest: str, preferences: Manifest, train: PreferenceRows) -> None:
-    training, counts = config.training, preferences.counts
-    summary = {
-        "base": name,
-        "method": config.method,
-        **config.objective.model_dump(mode="json"),
-        "steps": training.steps,
-        "pairs_per_step": training.global_batch_size,
-        "sequence_length": counts["sequence_length"],
-        "train_pairs": counts["train_pairs"],
-        "longest": int(train.sizes.max()),
-        "epochs": round(training.steps * training.global_batch_size / counts["train_pairs"], 2),
-        "world_size": training.parallel.world_size,
-        "shard": training.parallel.shard,
-        "accumulation_steps": training.accumulation_steps,
-    }
-    logger.info("%s", ", ".join(f"{key} {value}" for key, value in summary.items()))
-    tracking.log_params({**summary, "base_digest": digest})
-    digests = {entry.path: entry.sha256 for entry in preferences.files}
-    for split, context in (("train", "training"), ("validation", "validation")):
-        tracking.log_dataset(
-            name=f"preferences-{split}",
-            digest=digests[f"{split}.jsonl"],
-            source=preferences.uri,
-            context=context,
-            profile={unit: counts[f"{split}_{unit}"] for unit in ("pairs", "targets")},
-        )
 
 
 def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig) -> TrainingResult:

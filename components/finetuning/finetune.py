@@ -6,27 +6,24 @@ module once a rank. `python -m modelmill.components.finetuning.finetune JOB.json
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelmill.components.core import tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult, step_options
 from modelmill.components.data.instruction_rows import open_instructions
 from modelmill.components.finetuning.base import open_base, read_model_config
 from modelmill.components.finetuning.config import FinetuneConfig
-from modelmill.components.finetuning.job import check_fit, refuse_missing_packages, run_job
+from modelmill.components.finetuning.job import announce, check_fit, refuse_missing_packages, run_job
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.journal import HISTORY, Journal
 from modelmill.components.training.launch import Launcher, TrainingResult, current_launcher
 from modelmill.components.training.worker import RankContext, run_rank
 
 MODULE = "modelmill.components.finetuning.finetune"
-logger = logging.getLogger("modelmill")
 
 
 @step_options(resumable=True, launches=True)
@@ -69,36 +66,16 @@ def finetune(
     place.check(config.training)
     for split in ("train", "validation"):
         open_instructions(instructions, split)  # verified once here; the ranks find it verified
-    _announce(config, found.name, found.digest, instructions)
+    announce(
+        config,
+        instructions,
+        base=found,
+        unit="rows",
+        objective={},
+        sizes={"train_targets": instructions.counts["train_targets"]},
+        profile=("conversations", "rows", "targets"),
+    )
     return run_job(MODULE, config, output, base=found, data=instructions, spec={}, launcher=place)
-
-
-def _announce(config: FinetuneConfig, name: str, digest: str, instructions: Manifest) -> None:
-    training, counts = config.training, instructions.counts
-    summary = {
-        "base": name,
-        "method": config.method,
-        "steps": training.steps,
-        "rows_per_step": training.global_batch_size,
-        "sequence_length": counts["sequence_length"],
-        "train_rows": counts["train_rows"],
-        "train_targets": counts["train_targets"],
-        "epochs": round(training.steps * training.global_batch_size / counts["train_rows"], 2),
-        "world_size": training.parallel.world_size,
-        "shard": training.parallel.shard,
-        "accumulation_steps": training.accumulation_steps,
-    }
-    logger.info("%s", ", ".join(f"{key} {value}" for key, value in summary.items()))
-    tracking.log_params({**summary, "base_digest": digest})
-    digests = {entry.path: entry.sha256 for entry in instructions.files}
-    for split, context in (("train", "training"), ("validation", "validation")):
-        tracking.log_dataset(
-            name=f"instructions-{split}",
-            digest=digests[f"{split}.jsonl"],
-            source=instructions.uri,
-            context=context,
-            profile={name: counts[f"{split}_{name}"] for name in ("conversations", "rows", "targets")},
-        )
 
 
 def train(ranks: RankContext, spec: Mapping[str, Any], training: TrainingConfig) -> TrainingResult:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from modelmill.components.core import tracking
 from modelmill.components.core.errors import UserError
 from modelmill.components.core.manifest import Manifest
 from modelmill.components.core.step import StepResult
@@ -16,6 +18,8 @@ from modelmill.components.finetuning.folders import ADAPTER_FOLDER, MODEL_FOLDER
 from modelmill.components.training.config import TrainingConfig
 from modelmill.components.training.journal import track_outcome
 from modelmill.components.training.launch import Launcher, TrainingJob
+
+logger = logging.getLogger("modelmill")
 
 
 def refuse_missing_packages(method: str) -> None:
@@ -69,6 +73,55 @@ def check_fit(model: Mapping[str, Any], training: TrainingConfig, data: Manifest
         raise UserError(
             f"training.validation_rows: {training.validation_rows} {unit} are asked for and the validation split is"
             f" empty; raise {section}.validation_fraction or set training.validation_rows to 0"
+        )
+
+
+def announce(
+    config: FinetuneConfig,
+    data: Manifest,
+    *,
+    base: Base,
+    unit: str,
+    objective: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    profile: Sequence[str],
+) -> None:
+    """Say in the log and in tracking what is trained on what.
+
+    Args:
+        config: method and training.
+        data: manifest of prepared data.
+        base: the model to start from.
+        unit: what a batch counts, and the data as `train_<unit>`: rows or pairs.
+        objective: settings of the loss, where it has some.
+        sizes: what else there is to say of the training split.
+        profile: counts that describe a split as a data set.
+    """
+    training, counts = config.training, data.counts
+    summary = {
+        "base": base.name,
+        "method": config.method,
+        **objective,
+        "steps": training.steps,
+        f"{unit}_per_step": training.global_batch_size,
+        "sequence_length": counts["sequence_length"],
+        f"train_{unit}": counts[f"train_{unit}"],
+        **sizes,
+        "epochs": round(training.steps * training.global_batch_size / counts[f"train_{unit}"], 2),
+        "world_size": training.parallel.world_size,
+        "shard": training.parallel.shard,
+        "accumulation_steps": training.accumulation_steps,
+    }
+    logger.info("%s", ", ".join(f"{key} {value}" for key, value in summary.items()))
+    tracking.log_params({**summary, "base_digest": base.digest})
+    digests = {entry.path: entry.sha256 for entry in data.files}
+    for split, context in (("train", "training"), ("validation", "validation")):
+        tracking.log_dataset(
+            name=f"{data.kind}-{split}",
+            digest=digests[f"{split}.jsonl"],
+            source=data.uri,
+            context=context,
+            profile={name: counts[f"{split}_{name}"] for name in profile},
         )
 
 

@@ -74,13 +74,7 @@ class ChronosTrainConfig(Section):
     @model_validator(mode="after")
     def _engine_can(self) -> Self:
         training = self.training
-        if training.parallel.tensor > 1:
-            raise ValueError(
-                f"training.parallel.tensor: {training.parallel.tensor} splits our own decoder only; use 1, and"
-                " training.parallel.shard to spread the weights"
-            )
-        if training.precision == "fp8-mixed":
-            raise ValueError("training.precision: fp8-mixed is for pretraining; use bf16-mixed")
+        training.check_any_model()
         if training.attention != "auto" or training.document_masking:
             raise ValueError(
                 "training.attention, training.document_masking: a Chronos has its own attention and no documents;"

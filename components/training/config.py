@@ -210,6 +210,20 @@ class TrainingConfig(Section):
             return min(rest, max(1, self.steps // 5))
         return rest
 
+    def check_any_model(self) -> None:
+        """Refuse what the engine can do with our own decoder only.
+
+        Raises:
+            ValueError: for a validator of the section that these settings stand in.
+        """
+        if self.parallel.tensor > 1:
+            raise ValueError(
+                f"training.parallel.tensor: {self.parallel.tensor} splits our own decoder only; use 1, and"
+                " training.parallel.shard to spread the weights"
+            )
+        if self.precision == "fp8-mixed":
+            raise ValueError("training.precision: fp8-mixed is for pretraining; use bf16-mixed")
+
     def deciding(self) -> dict[str, Any]:
         """The fields that decide the weights, and so what a checkpoint may be continued with.
 
