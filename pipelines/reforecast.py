@@ -1,7 +1,9 @@
 """Forecast with the champion, judge what it forecast before, and retrain it when it degrades: the one to schedule.
 
 Each parameter is one step's section of the recipe, as `modelmill.components.core.step.section` writes it. As long as
-there is no reason to retrain, the run ends with the published forecast. The last step reports however the run ended.
+there is no reason to retrain, the run ends with the published forecast; nobody waits for a training to have it. A
+tuned model that becomes the champion forecasts at once, and its forecast is published in place of the first. The last
+step reports however the run ended.
 """
 
 from kfp import dsl
@@ -12,6 +14,9 @@ from modelmill.components.registry import component as registry
 from modelmill.pipelines.naming import named
 
 _fetch_champion = named(registry.fetch_model, "fetch_champion")
+_promote = named(registry.promote_and_tell, "promote")
+_forecast_promoted = named(forecasting.forecast, "forecast_promoted")
+_publish_promoted = named(forecasting.publish_forecasts, "publish_promoted")
 _tune = named(forecasting.tune_forecaster, "tune")
 _backtest_champion = named(forecasting.backtest, "backtest_champion")
 _backtest_tuned = named(forecasting.backtest, "backtest_tuned")
@@ -32,15 +37,17 @@ def reforecast(
     gate: str,
     register_model: str,
     promote: str,
+    forecast_promoted: str,
+    publish_promoted: str,
     report_outcome: str,
 ) -> None:
-    """Wire drift, forecast, published forecasts, backtest -> degraded? -> tune -> gate -> register -> promote."""
+    """Wire drift, forecast, publication, backtest -> degraded? -> tune -> gate -> register -> promote -> forecast."""
     with dsl.ExitHandler(registry.report_outcome(section=report_outcome)):
         champion = _fetch_champion(section=fetch_champion).outputs["manifest"]
         series = forecasting.prepare_series(section=prepare_series).outputs["manifest"]
         drift = forecasting.detect_drift(section=detect_drift, series=series, champion=champion)
         forecasts = forecasting.forecast(section=forecast, series=series, model=champion).outputs["manifest"]
-        forecasting.publish_forecasts(section=publish_forecasts, forecasts=forecasts, series=series)
+        published = forecasting.publish_forecasts(section=publish_forecasts, forecasts=forecasts, series=series)
         judged = forecasting.judge_forecasts(section=judge_forecasts, series=series, champion=champion)
         theirs = _backtest_champion(section=backtest_champion, series=series, model=champion).outputs["manifest"]
         degraded = forecasting.check_degradation(
@@ -54,4 +61,9 @@ def reforecast(
             ours = _backtest_tuned(section=backtest_tuned, series=series, model=tuned).outputs["manifest"]
             verdict = evaluation.gate(section=gate, candidate=ours, reference=theirs).outputs["manifest"]
             registered = registry.register_model(section=register_model, model=tuned, evaluation=verdict)
-            registry.promote(section=promote, registration=registered.outputs["manifest"], gate=verdict)
+            promoted = _promote(section=promote, registration=registered.outputs["manifest"], gate=verdict)
+            with dsl.If(promoted.outputs["Output"] == True, name="promoted"):  # noqa: E712
+                anew = _forecast_promoted(section=forecast_promoted, series=series, model=tuned).outputs["manifest"]
+                _publish_promoted(
+                    section=publish_promoted, forecasts=anew, series=series, replaced=published.outputs["manifest"]
+                )

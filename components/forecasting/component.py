@@ -170,12 +170,15 @@ def publish_forecasts(
     forecasts: dsl.Input[dsl.Dataset],
     series: dsl.Input[dsl.Dataset],
     manifest: dsl.Output[dsl.Artifact],
+    replaced: Optional[dsl.Input[dsl.Artifact]] = None,  # noqa: UP045 (kfp reads no `| None`)
 ) -> None:
-    """Add a forecast to the archive."""
+    """Add a forecast to the archive, perhaps in place of an earlier one of the same series."""
     from modelmill.components.core.step import run_step
     from modelmill.components.forecasting.publish_forecasts import publish_forecasts as step
 
-    run_step(step, section, {"forecasts": forecasts.path, "series": series.path}, {"manifest": manifest.path})
+    inputs = {"forecasts": forecasts.path, "series": series.path}
+    inputs |= {"replaced": replaced.path} if replaced is not None else {}
+    run_step(step, section, inputs, {"manifest": manifest.path})
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)

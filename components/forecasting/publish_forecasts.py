@@ -24,18 +24,22 @@ _FACTS = ("weights_digest", "horizon", "quantiles", "model")
 
 
 @step_options(reuse=False)
-def publish_forecasts(config: PublishConfig, output: Path, *, forecasts: Manifest, series: Manifest) -> StepResult:
-    """Add a forecast to the archive, once.
+def publish_forecasts(
+    config: PublishConfig, output: Path, *, forecasts: Manifest, series: Manifest, replaced: Manifest | None = None
+) -> StepResult:
+    """Add a forecast to the archive, once; what was published before stays.
 
     Args:
         config: where.
         output: an empty folder; takes the published file.
         forecasts: manifest of `forecast`.
         series: manifest of the series that were forecast.
+        replaced: manifest of an earlier publication, whose place this forecast takes for readers; the file then names
+            it as `replaces`.
 
     Returns:
-        kind `published`; metadata `name` of the file in the archive, `known_until`; counts `published` (0 where it was
-        there already).
+        kind `published`; metadata `name` of the file in the archive, `known_until`, `replaces` (a file's name, else
+        empty); counts `published` (0 where it was there already).
 
     Raises:
         UserError: the forecast is of other series, or the archive cannot be written.
@@ -46,14 +50,17 @@ def publish_forecasts(config: PublishConfig, output: Path, *, forecasts: Manifes
     facts = {name: forecasts.metadata[name] for name in _FACTS}
     name = ForecastName.of(until, facts["weights_digest"], [_content(series), facts["horizon"], facts["quantiles"]])
     table = pq.read_table(forecasts.path(FILE))
-    told = json.dumps({**facts, "known_until": until}, sort_keys=True).encode()
+    replaces = "" if replaced is None else str(replaced.metadata["name"])
+    replaces = "" if replaces == name.file else replaces  # a model that came out as it was before
+    more = {"replaces": replaces} if replaces else {}
+    told = json.dumps({**facts, "known_until": until, **more}, sort_keys=True).encode()
     pq.write_table(table.replace_schema_metadata({KEY: told}), output / FILE)
     added = open_archive(config).add(name, output / FILE)
-    logger.info("%s is %s", name.file, "published" if added else "published already")
+    where = f" in place of {replaces}" if replaces else ""
+    logger.info("%s is %s%s", name.file, "published" if added else "published already", where)
     tracking.set_tags({"modelmill.published": name.file})
-    return StepResult(
-        "published", counts={"published": int(added)}, metadata={"name": name.file, "known_until": until}
-    )
+    metadata = {"name": name.file, "known_until": until, "replaces": replaces}
+    return StepResult("published", counts={"published": int(added)}, metadata=metadata)
 
 
 def last_stamp(table: SeriesTable) -> str:

@@ -64,6 +64,23 @@ def promote(
 
 
 @dsl.component(base_image=image("cpu"), install_kfp_package=False)
+def promote_and_tell(
+    section: str,
+    registration: dsl.Input[dsl.Artifact],
+    gate: dsl.Input[dsl.Artifact],
+    manifest: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.Markdown],
+) -> bool:
+    """Make a version that passed its gate the champion, and say whether it is that now."""
+    from modelmill.components.core.step import run_step
+    from modelmill.components.registry.promote import promote as step
+
+    outputs = {"manifest": manifest.path, "report.md": report.path}
+    found = run_step(step, section, {"registration": registration.path, "gate": gate.path}, outputs).metadata
+    return bool(found["champion"] == found["version"])
+
+
+@dsl.component(base_image=image("cpu"), install_kfp_package=False)
 def mirror_to_sagemaker(
     section: str,
     registration: dsl.Input[dsl.Artifact],

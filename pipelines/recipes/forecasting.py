@@ -85,7 +85,7 @@ class ForecasterRecipe(Recipe):
             ),
         ]
 
-    def forecasted(self, model: str) -> PlannedStep:
-        """The forecast of what follows the series, by the model of a step."""
+    def forecasted(self, model: str, name: str = "forecast") -> PlannedStep:
+        """The forecast of what follows the series, by the model of a step; `name` is the forecasting step's."""
         upstream = {"model": model, "series": "prepare_series"}
-        return PlannedStep("forecast", self.forecast, f"{FORECASTING}.forecast:forecast", upstream)
+        return PlannedStep(name, self.forecast, f"{FORECASTING}.forecast:forecast", upstream)

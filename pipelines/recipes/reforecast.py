@@ -65,6 +65,7 @@ class ReforecastRecipe(ForecasterRecipe):
         publish = PublishConfig(**self.archive.model_dump(), name=name)
         judge = JudgeConfig(**publish.model_dump(), max_forecasts=self.judged_forecasts)
         known = {"series": "prepare_series", "champion": "fetch_champion"}
+        published = f"{FORECASTING}.publish_forecasts:publish_forecasts"
         return [
             PlannedStep("fetch_champion", champion, f"{COMPONENTS}.registry.fetch_model:fetch_model"),
             self.prepared(),
@@ -73,7 +74,7 @@ class ReforecastRecipe(ForecasterRecipe):
             PlannedStep(
                 "publish_forecasts",
                 publish,
-                f"{FORECASTING}.publish_forecasts:publish_forecasts",
+                published,
                 {"forecasts": "forecast", "series": "prepare_series"},
             ),
             PlannedStep("judge_forecasts", judge, f"{FORECASTING}.judge_forecasts:judge_forecasts", known),
@@ -92,5 +93,12 @@ class ReforecastRecipe(ForecasterRecipe):
             ),
             self.backtested("tuned", "tune", baselines=True),
             *self.decided("tune", "champion"),
+            self.forecasted("tune", "forecast_promoted"),
+            PlannedStep(
+                "publish_promoted",
+                publish,
+                published,
+                {"forecasts": "forecast_promoted", "series": "prepare_series", "replaced": "publish_forecasts"},
+            ),
             PlannedStep("report_outcome", OutcomeConfig(name=name), f"{COMPONENTS}.registry.outcome:report_outcome"),
         ]

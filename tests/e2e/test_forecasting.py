@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -93,8 +94,12 @@ class Shop:
         assert done.returncode == 0, done.stdout + done.stderr
         return states(done.stdout)
 
+    @property
+    def archive(self) -> Path:
+        return self.folder / "home" / "forecasts" / "demand"
+
     def published(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "home" / "forecasts" / "demand").iterdir())
+        return sorted(path.name for path in self.archive.iterdir())
 
     def champions(self) -> int:
         return last(self.folder, "register_model")["metadata"]["version"]
@@ -126,7 +131,8 @@ def test_the_first_champion_is_a_tuned_model(shop: Shop) -> None:
 def test_as_long_as_nothing_changes_it_only_forecasts(shop: Shop) -> None:
     shop.known(QUIET - 4)
     found = shop.run("again")
-    assert (found["tune"], found["promote"]) == ("skipped", "skipped")
+    later = ("tune", "promote", "forecast_promoted", "publish_promoted")
+    assert {found[step] for step in later} == {"skipped"}, "one forecast is enough"
     assert last(shop.folder, "detect_drift")["metadata"]["drifted"] is False
     assert last(shop.folder, "detect_drift")["counts"]["compared"] == 16
     assert last(shop.folder, "judge_forecasts")["counts"]["forecasts"] == 0
@@ -152,11 +158,22 @@ def test_a_champion_that_degraded_is_retrained_and_replaced(shop: Shop) -> None:
     assert last(shop.folder, "gate")["metadata"]["outcome"] == "better"
     assert last(shop.folder, "report_outcome")["metadata"]["outcome"] == "promoted"
     assert shop.champions() == "2"
+    assert (found["forecast_promoted"], found["publish_promoted"]) == ("finished", "finished")
+    before, after = (last(shop.folder, step)["metadata"] for step in ("publish_forecasts", "publish_promoted"))
+    assert {before["name"], after["name"]} < set(shop.published())
+    assert before["known_until"] == after["known_until"]
+    facts = json.loads(pq.read_schema(shop.archive / after["name"]).metadata[b"modelmill"])
+    assert facts["replaces"] == before["name"]
+    assert facts["weights_digest"] == last(shop.folder, "tune")["metadata"]["weights_digest"]
 
 
 def test_once_is_enough(shop: Shop) -> None:
     found = shop.run("again")
     assert found["tune"] == "skipped"
+    held = shop.published()
+    assert last(shop.folder, "publish_forecasts")["metadata"]["name"] in held
+    assert last(shop.folder, "publish_forecasts")["counts"]["published"] == 0, "its first run published it"
+    assert len(held) == 3
     checked = last(shop.folder, "check_degradation")
     assert json.loads((Path(checked["uri"]) / "degradation.json").read_text())["new_points"] == 0
     assert last(shop.folder, "report_outcome")["metadata"]["outcome"] == "unchanged"

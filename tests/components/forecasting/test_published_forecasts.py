@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,16 @@ class World:
             {**data.model_dump(), "metadata": {**data.metadata, "dataset_digest": f"{length:064x}"}}
         )
 
-    def forecast(self, length: int, error: float = 0.0, weights: str = WEIGHTS) -> Manifest:
+    def forecast(
+        self, length: int, error: float = 0.0, weights: str = WEIGHTS, replaced: Manifest | None = None
+    ) -> Manifest:
         """Publish a forecast made at some length; what comes, plus an error in units of the seasonal change."""
         series = self.known(length)
         scale = seasonal_errors([one[:length] for one in self.values], np.full(8, 4))
         ahead = np.stack([one[length : length + HORIZON] for one in self.values]) + error * scale[:, None]
         made = forecasts_of(self.folder, series, ahead, weights)
-        return self.produce(publish_forecasts, self.publish, forecasts=made, series=series)
+        inputs = {"forecasts": made, "series": series} | ({"replaced": replaced} if replaced else {})
+        return self.produce(publish_forecasts, self.publish, **inputs)
 
     def judged(self, length: int, weights: str = WEIGHTS) -> Manifest:
         return self.produce(
@@ -97,6 +101,26 @@ class TestArchive:
         folder = home.root / "forecasts" / "demand"
         assert [path.name for path in folder.iterdir()] == [first.metadata["name"]]
         assert first.metadata["name"].startswith("20141001T000000-aaaaaaaaaaaaaaaa-")
+
+    def test_a_forecast_takes_the_place_of_another(self, world: World, home: Home) -> None:
+        first = world.forecast(60, error=0.5)
+        folder = home.root / "forecasts" / "demand"
+        before = (folder / first.metadata["name"]).read_bytes()
+        second = world.forecast(60, error=0.25, weights="c" * 64, replaced=first)
+        assert (folder / first.metadata["name"]).read_bytes() == before, "what was published stays"
+        told = [
+            json.loads(pq.read_schema(folder / each.metadata["name"]).metadata[b"modelmill"])
+            for each in (first, second)
+        ]
+        assert "replaces" not in told[0]
+        assert told[1]["replaces"] == second.metadata["replaces"] == first.metadata["name"]
+        found = [world.judged(64, weights).metrics["mase"] for weights in (WEIGHTS, "c" * 64)]
+        assert found == pytest.approx([0.5, 0.25]), "each champion is judged by its own"
+
+    def test_a_model_that_came_out_the_same_replaces_nothing(self, world: World) -> None:
+        first = world.forecast(60)
+        again = world.forecast(60, replaced=first)
+        assert (again.counts["published"], again.metadata["replaces"]) == (0, "")
 
     def test_a_folder_of_ones_own_and_files_of_others(self, produce: Produce, tmp_path: Path) -> None:
         world = World(produce, tmp_path, uri=str(tmp_path / "published"))
