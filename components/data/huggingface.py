@@ -57,16 +57,16 @@ def read_dataset(source: HuggingFaceSource) -> Generator[str, None, None]:
     Raises:
         UserError: no such dataset, configuration, split or text column, or files that cannot be read.
     """
-    for number, row in enumerate(read_rows(source)):
+    for place, row in read_rows(source):
         if source.text_field not in row:
             held = ", ".join(map(repr, row))
             field = f"{source.text_field!r} but {held}"
             raise UserError(f"{source.parameter}.text_field: {source.name} has no column {field}; name another")
-        yield checked_text(row[source.text_field], f"{source.name} row {number}", source.text_field)
+        yield checked_text(row[source.text_field], place, source.text_field)
 
 
-def read_rows(source: HubDataset) -> Generator[dict[str, Any], None, None]:
-    """Whole rows of the dataset in its own order.
+def read_rows(source: HubDataset) -> Generator[tuple[str, dict[str, Any]], None, None]:
+    """Whole rows of the dataset in its own order, each with its place: `name row n`, from 0.
 
     Raises:
         UserError: no such dataset, configuration or split, or files that cannot be read.
@@ -76,7 +76,9 @@ def read_rows(source: HubDataset) -> Generator[dict[str, Any], None, None]:
 
     name = str(Path(source.name).expanduser()) if Path(source.name).expanduser().is_dir() else source.name
     try:
-        yield from load_dataset(name, source.config, split=source.split, revision=source.revision, streaming=True)
+        rows = load_dataset(name, source.config, split=source.split, revision=source.revision, streaming=True)
+        for number, row in enumerate(rows):
+            yield f"{source.name} row {number}", row
     except (DatasetsError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise

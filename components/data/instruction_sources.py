@@ -39,8 +39,7 @@ def read_source(
         UserError: something cannot be found or read; the message names the file and the place in it.
     """
     if isinstance(source, DatasetRecords):
-        for number, row in enumerate(read_rows(source)):
-            yield f"{source.name} row {number}", row
+        yield from read_rows(source)
         return
     found = False
     for path, name, kind in open_files(source, scratch):

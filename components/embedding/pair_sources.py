@@ -63,8 +63,7 @@ def read_pair_records(source: RecordSource, scratch: Path) -> Generator[tuple[st
         UserError: something cannot be found or read; the message names the file and the place in it.
     """
     if isinstance(source, PairDataset):
-        for number, row in enumerate(read_rows(source)):
-            yield f"{source.name} row {number}", row
+        yield from read_rows(source)
         return
     if isinstance(source, PairFiles):
         files = [(entry.path, str(entry.path), entry.format) for entry in pair_files(source.paths)]

@@ -69,6 +69,10 @@ class FetchModelConfig(Section):
         default="", description="Recipe whose run registers the model; an error names it where the model is missing."
     )
 
+    def champion_of(self, name: str) -> FetchModelConfig:
+        """The champion of a registered model; before the first one this model, or what stands in for it."""
+        return FetchModelConfig(reference=f"models:/{name}@champion", otherwise=self.otherwise or self.reference)
+
     def fingerprint(self) -> str:
         """What the reference stands for now.
 

@@ -58,17 +58,13 @@ class ContinuePretrainingRecipe(Recipe):
     def headline(self) -> list[str]:
         return ["gate.candidate", "gate.reference", "gate.gain_lower", "gate.p_value", "gate.passed"]
 
-    def champion(self) -> FetchModelConfig:
-        """The registered model's champion, or what stands in for the first one."""
-        first = self.model.otherwise or self.model.reference
-        return FetchModelConfig(reference=f"models:/{self.registry.name}@champion", otherwise=first)
-
     def steps(self) -> list[PlannedStep]:
         registration = RegisterConfig(**self.registry.model_dump(), recipe_name=self.name, recipe_hash=self.hash)
         data = {"corpus": "ingest_corpus"}
         scores = f"{_COMPONENTS}.evaluation.texts:score_texts"
+        champion = self.model.champion_of(self.registry.name)
         return [
-            PlannedStep("fetch_champion", self.champion(), f"{_COMPONENTS}.registry.fetch_model:fetch_model"),
+            PlannedStep("fetch_champion", champion, f"{_COMPONENTS}.registry.fetch_model:fetch_model"),
             PlannedStep("ingest_corpus", self.corpus, f"{_COMPONENTS}.data.corpus:ingest_corpus"),
             PlannedStep(
                 "find_new_data",

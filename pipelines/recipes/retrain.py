@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field
 
 from modelmill.components.core.recipe import PlannedStep
-from modelmill.components.registry.config import FetchModelConfig
 from modelmill.components.registry.retrain_config import NewDataConfig, OutcomeConfig
 from modelmill.pipelines.recipes.finetuning import COMPONENTS, FinetuningRecipe
 
@@ -24,15 +23,10 @@ class RetrainRecipe(FinetuningRecipe):
     pipeline: Literal["retrain"]
     new_data: NewDataConfig = Field(default=NewDataConfig(), description="When a retraining is worth its cost.")
 
-    def champion(self) -> FetchModelConfig:
-        """The registered model's champion; before the first one, the model that the tuning starts from."""
-        first = self.model.otherwise or self.model.reference
-        return FetchModelConfig(reference=f"models:/{self.registry.name}@champion", otherwise=first)
-
     def steps(self) -> list[PlannedStep]:
         return [
             PlannedStep("fetch_base", self.model, _FETCH),
-            PlannedStep("fetch_champion", self.champion(), _FETCH),
+            PlannedStep("fetch_champion", self.model.champion_of(self.registry.name), _FETCH),
             *self.prepared("fetch_base"),
             PlannedStep(
                 "find_new_data",
