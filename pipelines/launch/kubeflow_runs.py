@@ -7,6 +7,7 @@ says about its tasks. So a list of runs, a summary or a report reads one thing, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmill.components.core.errors import UserError
-from modelmill.components.core.events import append_line, read_lines
+from modelmill.components.core.events import append_line, read_lines, step_of
 from modelmill.components.core.home import Home
 from modelmill.pipelines import catalog as catalogs
 from modelmill.pipelines import plan
@@ -209,19 +210,29 @@ def _why(view: RunView, found: Any, state: str) -> str:
 
 def _note_tasks(run: Run, view: RunView, found: Any) -> None:
     """Append to the run's events what changed in its tasks."""
-    details: dict[str, Any] = {}
+    details: dict[str, list[Any]] = {}
     for task in (found.run_details.task_details or []) if found.run_details else []:
-        name = str(task.display_name)
-        known = details.get(name)
-        if known is None or _seconds(task.start_time, 0.0) >= _seconds(known.start_time, 0.0):
-            details[name] = task  # a task that was tried again is listed again
+        details.setdefault(str(task.display_name), []).append(task)
     inside = _events_in_home(run)
     for step in list(view.steps.values()):
-        task = details.get(step.name.replace("_", "-"))
-        if task is None:
+        tasks = details.get(step.name.replace("_", "-"))
+        if not tasks:
             continue
-        for event in _events(step, task, inside.get(step.name, {})):
+        said = inside.get(step.name, {})
+        for event in _events(step, _telling(tasks, said), said):
             append_line(run.folder / "events.jsonl", {"step": step.name, **event})
+
+
+def _telling(tasks: list[Any], said: Mapping[str, Any]) -> Any:
+    """The task that tells the state of its step: those of a loop have one name, and one tried again is listed again.
+
+    While one runs, the step does. One that failed for good tells, where the step itself `said` so.
+    """
+    running = [task for task in tasks if str(task.state) == "RUNNING"]
+    if running:
+        return min(running, key=lambda task: _seconds(task.start_time, math.inf))
+    failed = [task for task in tasks if str(task.state) == "FAILED"] if said.get("event") == "failed" else []
+    return max(failed or tasks, key=lambda task: _seconds(task.start_time, 0.0))
 
 
 def _events(step: StepView, task: Any, inside: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -236,7 +247,7 @@ def _events(step: StepView, task: Any, inside: Mapping[str, Any]) -> list[dict[s
         return []
     events = [started] if step.state != "running" else []
     if state == "SUCCEEDED":
-        kind = inside.get("event", "finished")
+        kind = "reused" if inside.get("event") == "reused" else "finished"
         known = {name: inside[name] for name in ("counts", "metrics", "uri") if name in inside}
         return [*events, {"time": ended, "event": kind, **known}]
     cancelled = state == "CANCELED"
@@ -260,7 +271,15 @@ def _events_in_home(run: Run) -> dict[str, dict[str, Any]]:
     if folder is None:
         return {}
     lines = [event for _, event in read_lines(folder / "events.jsonl")]
-    return {line["step"]: line for line in lines if line.get("event") in ("finished", "reused", "failed")}
+    ends = {line["step"]: line for line in lines if line.get("event") in ("finished", "reused", "failed")}
+    said: dict[str, dict[str, Any]] = {}
+    for task, end in ends.items():
+        step = step_of(task)
+        if said.get(step, {}).get("event") == "failed":
+            continue  # of a loop's tasks one that failed speaks for the step
+        # What one task of a loop counted is not what the step did.
+        said[step] = end if task == step else {name: end[name] for name in end if name not in ("counts", "metrics")}
+    return said
 
 
 def _seconds(moment: datetime | None, default: float) -> float:

@@ -105,12 +105,15 @@ class KfpApi:
         return next((fault for fault in self._faults if fault.fits(method, path)), None)
 
     def set_task(self, run_id: str, name: str, state: str, **fields: Any) -> None:
-        """What the API says of a task from now on."""
+        """What the API says of a task from now on; tasks of a loop have one name and a `task_id` each."""
         with self._lock:
-            details = self.runs[run_id]["run_details"]["task_details"]
-            known = next((each for each in details if each["display_name"] == name), None)
+            details, task_id = (
+                self.runs[run_id]["run_details"]["task_details"],
+                fields.get("task_id", f"{run_id}-{name}"),
+            )
+            known = next((each for each in details if each["task_id"] == task_id), None)
             if known is None:
-                known = {"display_name": name, "run_id": run_id, "task_id": f"{run_id}-{name}", "start_time": _now()}
+                known = {"display_name": name, "run_id": run_id, "task_id": task_id, "start_time": _now()}
                 details.append(known)
             known |= {"state": state, **fields}
             if state not in ("PENDING", "RUNNING"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from modelmill.components.core.errors import UserError
+from modelmill.components.core.events import append_line
 from modelmill.pipelines.launch import kubeflow_runs, scheduling
 from modelmill.pipelines.launch.kubeflow import Endpoint
 from modelmill.pipelines.launch.platform_tasks import Placement
@@ -148,6 +149,30 @@ def test_states_of_tasks_become_events_once(here: Cluster) -> None:
     view = kubeflow_runs.refresh(run, endpoint)
     assert view.steps["count_words"].message == "OOMKilled"
     assert (Run.open(run.folder).state, run.record.message) == ("failed", "count_words: OOMKilled")
+
+
+def test_a_loop_runs_while_one_of_its_tasks_does_and_fails_with_one(here: Cluster) -> None:
+    run = here.submit()
+    run_id, endpoint = run.record.place["run_id"], here.endpoint()
+    folder = here.home_of(run)
+    folder.mkdir(parents=True)
+
+    def state() -> str:
+        return kubeflow_runs.refresh(run, endpoint).steps["count_words"].state
+
+    for task in "012":
+        here.api.set_task(run_id, "count-words", "RUNNING", task_id=task)
+    here.api.set_task(run_id, "count-words", "FAILED", task_id="0")
+    here.api.set_task(run_id, "count-words", "SUCCEEDED", task_id="2")
+    append_line(folder / "events.jsonl", {"step": "count_words-0", "event": "failed", "message": "no words"})
+    append_line(folder / "events.jsonl", {"step": "count_words-2", "event": "finished", "metrics": {"loss": 1.0}})
+    assert state() == "running"
+    here.api.set_task(run_id, "count-words", "SUCCEEDED", task_id="1")
+    assert state() == "failed"
+    here.api.end(run_id, "FAILED")
+    view = kubeflow_runs.refresh(run, endpoint)
+    assert Run.open(run.folder).record.message == "count_words: no words"
+    assert view.steps["count_words"].metrics == {}
 
 
 def test_an_endpoint_that_goes_away_for_a_while_does_not_end_the_watching(here: Cluster) -> None:
