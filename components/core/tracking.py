@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelmill.components.core.events import STEP_VARIABLE, append_line, read_lines, run_directory
 
+if TYPE_CHECKING:
+    from modelmill.components.core.manifest import Manifest
+
 RUN_SPOOL = "_run"  # records of the pipeline run itself, the parent of the steps
 CHILD_VARIABLE = "MODELMILL_TRACKING_CHILD"  # part of a step with a run of its own; its processes inherit it
+CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}  # of a split, as MLflow calls it
 CHILD_MARK = "."  # between step and part in the name of a spool; a step's name has none
 
 Point = tuple[str, int, float]  # name, step and value of one metric
@@ -126,3 +130,24 @@ def log_dataset(*, name: str, digest: str, source: str, context: str, profile: M
         profile: counts such as rows, tokens and bytes.
     """
     record("dataset", name=name, digest=digest, source=source, context=context, profile=dict(profile))
+
+
+def log_splits(data: Manifest, splits: Iterable[str], *, name: str, suffix: str, units: Iterable[str]) -> None:
+    """Splits of prepared data that a step uses, with the digests of their files.
+
+    Args:
+        data: its manifest.
+        splits: train, validation or test.
+        name: what people call it.
+        suffix: of a split's file.
+        units: what its splits are counted in, in the manifest as `<split>_<unit>`.
+    """
+    digests, units = {entry.path: entry.sha256 for entry in data.files}, list(units)
+    for split in splits:
+        log_dataset(
+            name=f"{name}-{split}",
+            digest=digests[f"{split}{suffix}"],
+            source=data.uri,
+            context=CONTEXTS[split],
+            profile={unit: data.counts[f"{split}_{unit}"] for unit in units},
+        )

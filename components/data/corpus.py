@@ -21,7 +21,6 @@ from modelmill.components.data.installed_docs import installed_versions
 from modelmill.components.data.sources import read_source
 
 logger = logging.getLogger("modelmill")
-_CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 class _Split:
@@ -155,7 +154,7 @@ def _report(config: CorpusConfig, splits: dict[str, _Split], counts: dict[str, i
             name=f"corpus-{name}",
             digest=split.digest,
             source=origin,
-            context=_CONTEXTS[name],
+            context=tracking.CONTEXTS[name],
             profile={"documents": split.documents, "bytes": split.bytes},
         )
     tracking.log_metrics(counts)

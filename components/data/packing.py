@@ -22,7 +22,6 @@ from modelmill.components.data.documents import SPLITS, read_documents
 from modelmill.components.data.token_bytes import TokenBytes
 
 logger = logging.getLogger("modelmill")
-_CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
 # A call's text: enough documents for every thread; an encoding takes some 40 times the bytes of its text.
 _BATCH_BYTES = 2 << 20
 _BUFFERED_TOKENS = 1 << 20
@@ -140,7 +139,7 @@ def pack_tokens(config: PackingConfig, output: Path, *, corpus: Manifest, tokeni
             name=f"tokens-{split}",
             digest=packed.digest,
             source=f"corpus {corpus.digest[:12]}, tokenizer {tokenizer.digest[:12]}",
-            context=_CONTEXTS[split],
+            context=tracking.CONTEXTS[split],
             profile={"rows": packed.rows, "tokens": predicted, "bytes": packed.bytes},
         )
     return StepResult(kind="tokens", counts=counts, metadata={"dtype": dtype.name, "eos_token_id": eos})

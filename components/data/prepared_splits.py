@@ -21,7 +21,6 @@ from modelmill.components.data.instruction_packing import TokenStore
 
 logger = logging.getLogger("modelmill")
 BATCH_CHARACTERS = 2 << 20  # of text in one call of the tokenizer
-_CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 class SplitConfig(Protocol):
@@ -156,6 +155,10 @@ def log_splits(
         if split.size:
             digest = split.digest.hexdigest()
             tracking.log_dataset(
-                name=f"{section}-{name}", digest=digest, source=origin, context=_CONTEXTS[name], profile=profile
+                name=f"{section}-{name}",
+                digest=digest,
+                source=origin,
+                context=tracking.CONTEXTS[name],
+                profile=profile,
             )
     tracking.log_metrics(counts)

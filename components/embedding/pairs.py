@@ -24,7 +24,6 @@ from modelmill.components.embedding.config import PARAMETER, PairsConfig, Record
 from modelmill.components.embedding.pair_sources import Pair, read_pair, read_pair_records
 
 logger = logging.getLogger("modelmill")
-_CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
 _NAMED = 20  # bad records that are told of one by one; the counts tell of all
 BELONGING = 0.5  # scored pairs from here on belong together
 _RANKS = {"train": 0, "validation": 1, "test": 2}  # a text that stands in several splits stays in the last of them
@@ -83,15 +82,7 @@ def prepare_pairs(config: PairsConfig, output: Path) -> StepResult:
 
 def track_pairs(pairs: Manifest, *splits: str) -> None:
     """Report the splits that a step uses, with their digests."""
-    digests = {entry.path: entry.sha256 for entry in pairs.files}
-    for split in splits:
-        tracking.log_dataset(
-            name=f"pairs-{split}",
-            digest=digests[f"{split}.jsonl"],
-            source=pairs.uri,
-            context=_CONTEXTS[split],
-            profile={name: pairs.counts[f"{split}_{name}"] for name in ("pairs", "questions")},
-        )
+    tracking.log_splits(pairs, splits, name="pairs", suffix=".jsonl", units=("pairs", "questions"))
 
 
 def read_pairs(pairs: Manifest, split: str, *, together: bool) -> list[dict[str, Any]]:

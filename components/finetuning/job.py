@@ -114,15 +114,7 @@ def announce(
     }
     logger.info("%s", ", ".join(f"{key} {value}" for key, value in summary.items()))
     tracking.log_params({**summary, "base_digest": base.digest})
-    digests = {entry.path: entry.sha256 for entry in data.files}
-    for split, context in (("train", "training"), ("validation", "validation")):
-        tracking.log_dataset(
-            name=f"{data.kind}-{split}",
-            digest=digests[f"{split}.jsonl"],
-            source=data.uri,
-            context=context,
-            profile={name: counts[f"{split}_{name}"] for name in profile},
-        )
+    tracking.log_splits(data, ("train", "validation"), name=data.kind, suffix=".jsonl", units=profile)
 
 
 def run_job(

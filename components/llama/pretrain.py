@@ -126,15 +126,8 @@ def _announce(model: LlamaConfig, training: TrainingConfig, tokens: Manifest) ->
     summary = _describe(model, training, tokens)
     logger.info("%s", ", ".join(f"{name} {value:,}" for name, value in summary.items()))
     tracking.log_params(summary)
-    digests = {entry.path: entry.sha256 for entry in tokens.files}
-    for split, context in (("train", "training"), ("validation", "validation")):
-        tracking.log_dataset(
-            name=f"tokens-{split}",
-            digest=digests[f"{split}.bin"],
-            source=tokens.uri,
-            context=context,
-            profile={name: tokens.counts[f"{split}_{name}"] for name in ("rows", "tokens", "bytes")},
-        )
+    units = ("rows", "tokens", "bytes")
+    tracking.log_splits(tokens, ("train", "validation"), name="tokens", suffix=".bin", units=units)
 
 
 def _describe(model: LlamaConfig, training: TrainingConfig, tokens: Manifest) -> dict[str, int]:
