@@ -173,9 +173,10 @@ class _Launch:
             return None
         return record.get("attempt") if unchanged and isinstance(record, dict) else None
 
-    def _start(self) -> Json:
+    def _start(self) -> Json | TrainingResult:
         """Begin a new attempt; the files of an earlier one are gone, and its pods too."""
-        self._wait_for_pods()
+        if self._waited_for_pods() and (found := self._found()) is not None:
+            return found  # another launcher had begun, or the work was done before its pods ended
         attempt = uuid.uuid4().hex[:12]
         self.files.prepare(self.job)
         _replace(self.record, {"attempt": attempt, "job": self.name})
@@ -321,15 +322,17 @@ class _Launch:
             self._say("waiting for an earlier attempt's pods to end")
             self.cluster.sleep(min(2.0, self.launcher._interval))
 
-    def _wait_for_pods(self) -> None:
+    def _waited_for_pods(self) -> bool:
         """Two attempts that write one folder would spoil it, whoever deleted the first one and however."""
-        deadline = time.monotonic() + self.launcher._ending
+        deadline, waited = time.monotonic() + self.launcher._ending, False
         while any(
             pod.get("status", {}).get("phase") not in ("Succeeded", "Failed") for pod in self.cluster.pods(self.name)
         ):
+            waited = True
             self._ending_too_long(deadline)
             self._say("waiting for an earlier attempt's pods to end")
             self.cluster.sleep(min(2.0, self.launcher._interval))
+        return waited
 
     def _ending_too_long(self, deadline: float) -> None:
         if time.monotonic() > deadline:

@@ -8,7 +8,7 @@ cancellation. Then the same with faults of the server at each request, and with 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,18 @@ class Mortal(ApiClient):
                 raise KilledError
 
 
+class Counted(ApiClient):
+    """A client that counts its requests."""
+
+    def __init__(self, api: KubernetesApi) -> None:
+        super().__init__(api.client().configuration)
+        self.requests = 0
+
+    def call_api(self, *arguments: Any, **options: Any) -> Any:
+        self.requests += 1
+        return super().call_api(*arguments, **options)
+
+
 class World:
     """A cluster that goes on by itself, one deed a request of the launcher, and watches over what must hold."""
 
@@ -68,6 +80,7 @@ class World:
         self.attempts: list[str] = []
         self.broken: list[str] = []
         self.failures = 1 if work == "fails once" else 0
+        self.goes_on: Callable[[], bool] = lambda: True
         self.api.store.on_change.append(self._check)
         self.api.before_request = self._go_on
 
@@ -87,7 +100,7 @@ class World:
 
     def _go_on(self, _method: str, _path: str) -> None:
         with self.api.store.lock:
-            for name in self.trainer.names():
+            for name in self.trainer.names() if self.goes_on() else []:
                 uid = self.api.store.get("trainjobs", name)["metadata"]["uid"]
                 step = self.deeds[uid] = self.deeds.get(uid, 0) + 1
                 if step == 1:
@@ -198,9 +211,12 @@ def test_a_server_that_is_down_for_long_is_waited_for(tmp_path):
 
 def test_two_launchers_at_once_share_one_job(tmp_path):
     """What the lock of the step's output prevents, were it lost."""
-    with World(tmp_path, pace=15) as world:
+    with World(tmp_path) as world:
+        clients = [Counted(world.api) for _ in range(2)]
+        # A launcher that is late finds no job and makes one: the job must not end before both follow it.
+        world.goes_on = lambda: min(client.requests for client in clients) >= REQUESTS
         results: list[TrainingResult] = []
-        threads = [threading.Thread(target=lambda: results.append(world.launch())) for _ in range(2)]
+        threads = [threading.Thread(target=lambda c=c: results.append(world.launch(c))) for c in clients]
         for thread in threads:
             thread.start()
         for thread in threads:
