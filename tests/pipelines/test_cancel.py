@@ -45,7 +45,14 @@ def test_a_step_that_ends_by_itself_when_told_to_counts_as_cancelled(home: Home,
     assert all_runs(home)[-1].state == "cancelled"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_every_process(home: Home, tmp_path: Path, number: int, code: int) -> None:
     process = start(tmp_path)
     pids = noted(tmp_path)

@@ -106,7 +106,7 @@ def test_list_names_pipelines_recipes_and_steps() -> None:
     assert [each["name"] for each in found["recipes"]] == sorted(path.stem for path in CATALOG.recipes.glob("*.yaml"))
     steps = {each["name"]: each for each in found["steps"]}
     assert steps["write_words"]["description"] == "Write the words to a file."
-    assert {name for name, step in steps.items() if not step["reuse"]} == {"announce", "report"}
+    assert {name for name, step in steps.items() if not step["reuse"]} == {"announce", "draw_number", "report"}
     assert "Count the letters of four words." in modelmill("list").stdout
 
 

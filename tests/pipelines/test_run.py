@@ -270,6 +270,7 @@ def test_a_server_that_is_down_costs_no_run_and_no_point(home: Home, monkeypatch
     assert backlog.waiting(home) == [all_runs(home)[0].id]
 
 
+@pytest.mark.slow
 def test_the_next_run_delivers_what_an_earlier_one_left(home: Home) -> None:
     left = run()
     assert backlog.waiting(home) == [left.run.id]

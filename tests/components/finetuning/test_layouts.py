@@ -19,6 +19,8 @@ from tests.components.finetuning.samples import finetune_config, job_spec
 from tests.components.training.forked_ranks import ForkedRanks
 from tests.components.training.runs import history, single_rank
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bases(exact: Path, tied: Path, llama: Path, half: Path) -> dict[str, Path]:

@@ -59,6 +59,7 @@ def answers(config: ActivationSweepConfig, turns: int = 0) -> list[dict[str, Any
     return said
 
 
+@pytest.mark.slow
 def test_the_step_writes_measurements_that_belong_together(tmp_path: Path) -> None:
     config = sweep_config(modes=["none", "full"])
     result = activation_sweep(config, tmp_path)

@@ -47,7 +47,13 @@ def history(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"processes_per_node": 2, "shard": 2}], ids=["one", "shards"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param({}, id="one"),
+        pytest.param({"processes_per_node": 2, "shard": 2}, id="shards", marks=pytest.mark.slow),
+    ],
+)
 def test_it_begins_where_the_base_ended(
     base: Manifest, corpus: Manifest, tmp_path: Path, home: object, parallel: dict[str, int]
 ) -> None:

@@ -20,6 +20,7 @@ from tests.components.training.layouts import MODULE, STEPS, Scenario, as_spec, 
 from tests.components.training.runs import history, single_rank
 from tests.components.training.samples import make_tokens, training_config
 
+pytestmark = pytest.mark.slow  # `make test` has tests/components/llama/test_sharded.py
 TWO: dict[str, dict[str, Any]] = {
     "dp2": {},
     "fsdp2": {"shard": 2},
