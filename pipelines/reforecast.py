@@ -14,7 +14,6 @@ from modelmill.components.registry import component as registry
 from modelmill.pipelines.naming import named
 
 _fetch_champion = named(registry.fetch_model, "fetch_champion")
-_promote = named(registry.promote_and_tell, "promote")
 _forecast_promoted = named(forecasting.forecast, "forecast_promoted")
 _publish_promoted = named(forecasting.publish_forecasts, "publish_promoted")
 _tune = named(forecasting.tune_forecaster, "tune")
@@ -61,7 +60,7 @@ def reforecast(
             ours = _backtest_tuned(section=backtest_tuned, series=series, model=tuned).outputs["manifest"]
             verdict = evaluation.gate(section=gate, candidate=ours, reference=theirs).outputs["manifest"]
             registered = registry.register_model(section=register_model, model=tuned, evaluation=verdict)
-            promoted = _promote(section=promote, registration=registered.outputs["manifest"], gate=verdict)
+            promoted = registry.promote(section=promote, registration=registered.outputs["manifest"], gate=verdict)
             with dsl.If(promoted.outputs["Output"] == True, name="promoted"):  # noqa: E712
                 anew = _forecast_promoted(section=forecast_promoted, series=series, model=tuned).outputs["manifest"]
                 _publish_promoted(

@@ -54,24 +54,8 @@ def promote(
     gate: dsl.Input[dsl.Artifact],
     manifest: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.Markdown],
-) -> None:
-    """Make a version that passed its gate the champion; a gate that failed is a result."""
-    from modelmill.components.core.step import run_step
-    from modelmill.components.registry.promote import promote as step
-
-    outputs = {"manifest": manifest.path, "report.md": report.path}
-    run_step(step, section, {"registration": registration.path, "gate": gate.path}, outputs)
-
-
-@dsl.component(base_image=image("cpu"), install_kfp_package=False)
-def promote_and_tell(
-    section: str,
-    registration: dsl.Input[dsl.Artifact],
-    gate: dsl.Input[dsl.Artifact],
-    manifest: dsl.Output[dsl.Artifact],
-    report: dsl.Output[dsl.Markdown],
 ) -> bool:
-    """Make a version that passed its gate the champion, and say whether it is that now."""
+    """Make a version that passed its gate the champion, and say whether it is that; a gate that failed is a result."""
     from modelmill.components.core.step import run_step
     from modelmill.components.registry.promote import promote as step
 

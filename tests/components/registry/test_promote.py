@@ -348,13 +348,14 @@ def test_the_shells_hand_manifests_on(workshop: Workshop, name: str, tmp_path: P
         registering, artifact("model.json"), artifact("gate.json"), artifact("registration.json"), artifact("card.md")
     )
     promoting = section("promote", PromoteConfig(), promote)
-    component.promote.python_func(
+    told = component.promote.python_func(
         promoting,
         artifact("registration.json"),
         artifact("gate.json"),
         artifact("promotion.json"),
         artifact("report.md"),
     )
+    assert told is True
     assert Manifest.read(tmp_path / "promotion.json").metadata["outcome"] == "promoted"
     assert (tmp_path / "report.md").read_text().startswith(f"# {name} version 1: promoted")
     mirroring = section("mirror_to_sagemaker", MirrorConfig(), mirror_to_sagemaker)
