@@ -149,11 +149,8 @@ def list_objects(uri: str, endpoint_url: str | None, parameter: str) -> list[Rem
     Raises:
         UserError: no bucket, no credentials, no connection.
     """
-    bucket, key = split_s3(uri, parameter=parameter)
-    client = s3_client(endpoint_url, parameter)
-    with explained(uri, endpoint_url, parameter):
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        listed = [entry for page in pages for entry in page.get("Contents", [])]
+    key = split_s3(uri, parameter=parameter)[1]
+    listed = list(_entries(uri, endpoint_url, parameter))
     exact = [entry for entry in listed if key and entry["Key"] == key and not key.endswith("/")]
     below = key.rstrip("/") + "/" if key else ""
     chosen = exact or [entry for entry in listed if entry["Key"].startswith(below)]
@@ -167,12 +164,17 @@ def iter_objects(uri: str, endpoint_url: str | None, parameter: str) -> Iterator
     Raises:
         UserError: no bucket, no credentials, no connection.
     """
+    for entry in _entries(uri, endpoint_url, parameter):
+        yield DatedObject(entry["Key"], entry["Size"], entry["LastModified"].timestamp())
+
+
+def _entries(uri: str, endpoint_url: str | None, parameter: str) -> Iterator[dict[str, Any]]:
+    """What S3 says of each object whose key begins as `uri` does, page by page."""
     bucket, prefix = split_s3(uri, parameter=parameter)
     client = s3_client(endpoint_url, parameter)
     with explained(uri, endpoint_url, parameter):
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            for entry in page.get("Contents", []):
-                yield DatedObject(entry["Key"], entry["Size"], entry["LastModified"].timestamp())
+            yield from page.get("Contents", [])
 
 
 def delete_objects(bucket: str, keys: Sequence[str], endpoint_url: str | None, parameter: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from modelmill.pipelines.commands.console import of_anybody
+
 _EXAMPLES = """\b
 Examples:
   modelmill cancel latest
@@ -14,7 +16,7 @@ Examples:
 
 @click.command("cancel", epilog=_EXAMPLES)
 @click.argument("run", default="latest")
-@click.option("--profile", metavar="PROFILE", help="RUN is KFP's id of a run on this cluster, whoever started it.")
+@of_anybody
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),

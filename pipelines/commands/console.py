@@ -13,6 +13,9 @@ from typing import Any
 import click
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for programs to read.")
+of_anybody = click.option(
+    "--profile", metavar="PROFILE", help="RUN is KFP's id of a run on this cluster, whoever started it."
+)
 
 
 def print_json(value: Any) -> None:

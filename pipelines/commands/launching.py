@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelmill.components.core.errors import UserError
-from modelmill.pipelines.commands.console import number, print_table, program
+from modelmill.pipelines.commands.console import number, of_anybody, print_table, program
 
 if TYPE_CHECKING:
     from modelmill.pipelines.launch.kubeflow import Endpoint
@@ -132,7 +132,7 @@ Examples:
 
 @click.command("resume", epilog=_RESUME_EXAMPLES)
 @click.argument("run", default="latest")
-@click.option("--profile", metavar="PROFILE", help="RUN is KFP's id of a run on this cluster, whoever started it.")
+@of_anybody
 @click.option("--wait/--detach", default=True, help="Show a run on a cluster until it ends, or only start it.")
 @_grace
 def resume_command(run: str, profile: str | None, wait: bool, grace: float) -> None:

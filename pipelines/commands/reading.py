@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelmill.components.core.errors import UserError
-from modelmill.pipelines.commands.console import as_json, number, print_json, print_table
+from modelmill.pipelines.commands.console import as_json, number, of_anybody, print_json, print_table
 
 if TYPE_CHECKING:
     from modelmill.pipelines.launch.runs import Run
@@ -154,7 +154,7 @@ Examples:
 @click.argument("run", default="latest")
 @click.argument("step", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on showing what is added until the run ends.")
-@click.option("--profile", metavar="PROFILE", help="RUN is KFP's id of a run on this cluster, whoever started it.")
+@of_anybody
 def logs_command(run: str, step: str | None, follow: bool, profile: str | None) -> None:
     """Show what the steps of a run wrote.
 
